@@ -1,0 +1,1 @@
+"""Thin `flax.nnx` modules over `jaxrec.ops`, and the table of axis names."""

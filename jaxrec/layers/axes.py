@@ -1,0 +1,87 @@
+"""The one table from the axes of arrays to the axes of the device mesh.
+
+A parameter or activation names its axes by what they mean ("embed", "heads"); this table says over
+which mesh axes each meaning is split. Changing how a model is spread over devices means changing
+this table and nothing else.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxrec.errors import nearest
+
+MESH_AXES = ("data", "fsdp", "seq", "model")
+"""data: copies of the parameters; fsdp: parameters in parts, gathered when used; seq: time; model:
+width."""
+
+LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": ("seq",),
+    "embed": (
+        "fsdp",
+    ),  # model width d of parameters; in activations "batch" has claimed fsdp already
+    "mlp": ("model",),  # inner width e
+    "heads": ("model",),  # heads, or heads times head width
+    "vocab": ("model",),
+    "state": (),  # n of state-space layers
+    "head": (),  # width inside one head
+    "conv": (),  # taps of a short convolution
+    "layers": (),  # stacked layers are run one after another, so every device needs all
+}
+
+
+def mesh_axes(logical: tuple[str | None, ...]) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes of each dimension; an axis goes to the first dimension that claims it.
+
+    Args:
+      logical: name of each dimension, or None for one that is never split.
+
+    Raises:
+      ValueError: a name is not in the table.
+    """
+    taken: set[str] = set()
+    result = []
+    for name in logical:
+        if name is not None and name not in LOGICAL_TO_MESH:
+            hint = nearest(name, LOGICAL_TO_MESH)
+            raise ValueError(
+                f"There is no axis {name!r} in LOGICAL_TO_MESH.{hint} Add it there, or use None."
+            )
+        claimed = tuple(axis for axis in LOGICAL_TO_MESH.get(name or "", ()) if axis not in taken)
+        taken.update(claimed)
+        result.append(claimed)
+    return tuple(result)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Asks the compiler to split x over the current mesh as the table says; returns x.
+
+    Without a mesh (`jax.set_mesh`), on a mesh of one device, or inside `shard_map` over the axes in
+    question it does nothing. A dimension that its mesh axes do not divide is left to the compiler.
+
+    Args:
+      x: an array.
+      *logical: the meaning of each dimension of x, e.g. "batch", "time", "embed"; None = not split.
+    """
+    if len(logical) != x.ndim:
+        raise ValueError(
+            f"constrain: x has shape {x.shape}, expected one axis name each, got {logical}."
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    usable = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    }
+    parts: list[object] = []
+    for size, axes in zip(x.shape, mesh_axes(logical), strict=True):
+        axes = tuple(axis for axis in axes if axis in usable)
+        divides = size % math.prod(usable[axis] for axis in axes) == 0
+        parts.append((axes or None) if divides else PartitionSpec.UNCONSTRAINED)
+    if not usable:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

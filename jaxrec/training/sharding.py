@@ -1,0 +1,202 @@
+"""Spreading a run over devices: the mesh, and where parameters, state and batches lie.
+
+Names become mesh axes in `jaxrec.layers.axes`, the only table; this module applies it to whole
+trees.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.errors import UserError, nearest
+from jaxrec.layers.axes import LOGICAL_TO_MESH, MESH_AXES, mesh_axes
+
+Tree = Any
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """Reads "data=2,model=4" as the size of every mesh axis; an axis left out has size 1.
+
+    Raises:
+      UserError: an unknown or repeated axis (names the nearest), or a size that is not a positive
+        integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in MESH_AXES:
+            known = ", ".join(MESH_AXES)
+            raise UserError(
+                f"mesh {spec!r}: no axis {name!r}.{nearest(name, MESH_AXES)} The axes are: {known}."
+            )
+        if name in sizes:
+            raise UserError(f"mesh {spec!r}: the axis {name} is given twice.")
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise UserError(
+                f"mesh {spec!r}: expected a form like data=2,model=4 with sizes >= 1, got {part!r}."
+            )
+        sizes[name] = int(size)
+    return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def build_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a run over the first devices: four axes, all of type Auto.
+
+    Args:
+      spec: as in `parse_mesh`. A mesh smaller than the machine uses its first devices.
+      devices: the devices to choose from; None means all of them, over all hosts.
+
+    Raises:
+      UserError: the mesh needs more devices than there are, or leaves out devices of a run on
+        several hosts.
+    """
+    sizes = parse_mesh(spec)
+    devices = jax.devices() if devices is None else list(devices)
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise UserError(
+            f"mesh {spec!r} needs {needed} devices and there are {len(devices)}."
+            f" Choose sizes whose product is at most that, e.g. --mesh data={len(devices)}."
+        )
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UserError(
+            f"mesh {spec!r} uses {needed} of {len(devices)} devices; a run on"
+            f" {jax.process_count()} hosts must use all of them. Choose sizes whose product is {len(devices)}."
+        )
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices[:needed]
+    )
+
+
+def parameter_shardings(model: nnx.Module | nnx.State, mesh: Mesh) -> Tree:
+    """Returns the sharding of every parameter, keyed like `nnx.to_pure_dict(nnx.state(model))`.
+
+    Args:
+      model: a module or its state, real or abstract (`nnx.eval_shape`). The metadata `axes` of a
+        variable names its
+        trailing dimensions; leading ones (stacked layers) and variables without `axes` are not
+        split.
+      mesh: the mesh.
+
+    Raises:
+      UserError: a dimension does not divide by the devices its axis is spread over.
+    """
+
+    def place(path: tuple[Any, ...], variable: nnx.Variable) -> NamedSharding:
+        names = variable.get_metadata("axes", None) or ()
+        parts: list[tuple[str, ...] | None] = [None] * (variable.ndim - len(names))
+        sizes = variable.shape[len(parts) :]
+        for name, size, axes in zip(names, sizes, mesh_axes(names), strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in axes)
+            if size % ways:
+                where = "/".join(map(str, path))
+                raise UserError(
+                    f"parameter {where}: its axis {name} has size {size}, which does not divide by"
+                    f" {'*'.join(axes)}={ways} of the mesh. Choose another mesh or another size."
+                )
+            parts.append(axes or None)
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return _map_variables(place, model)
+
+
+def stacked_axes(model: nnx.Module | nnx.State) -> Tree:
+    """Returns the number of leading layer axes of every parameter: its rank less its `axes`."""
+
+    def count(_: tuple[Any, ...], variable: nnx.Variable) -> int:
+        names = variable.get_metadata("axes", None)
+        return 0 if names is None else variable.ndim - len(names)
+
+    return _map_variables(count, model)
+
+
+def state_shardings(state: Tree, parameters: Tree, mesh: Mesh) -> Tree:
+    """Returns the sharding of every leaf of a training state.
+
+    A leaf lies where parameter p lies if its path ends in the path of p and it has p's rank: the
+    parameters, their running average and the moments of any optimizer. Everything else, such as
+    counters, is on every device.
+
+    Args:
+      state: training state, real or abstract, e.g. {"params": ..., "opt_state": ..., "ema": ...,
+        "step": ...}.
+      parameters: what `parameter_shardings` returned.
+      mesh: the mesh.
+    """
+    by_path = {
+        _names(path): place for path, place in jax.tree_util.tree_leaves_with_path(parameters)
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = _names(path)
+        for start in range(len(names)):
+            found = by_path.get(names[start:])
+            if found is not None and len(found.spec) == leaf.ndim:
+                return found
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a (b t) array: sequences over data and fsdp, time over seq."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["time"]))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the mesh.
+
+    Args:
+      batch: arrays (b t), the same sequences on no two hosts: each passes its own share of the
+        global batch, in
+        the order of the process index.
+      mesh: the mesh.
+
+    Returns:
+      Global arrays with `batch_sharding`.
+
+    Raises:
+      UserError: sequences or tokens do not divide by the mesh.
+    """
+    hosts, shape = jax.process_count(), dict(mesh.shape)
+    for size, axis, word in (
+        (next(iter(batch.values())).shape[0] * hosts, "batch", "sequences per batch"),
+        (next(iter(batch.values())).shape[1], "time", "tokens per sequence"),
+    ):
+        axes = LOGICAL_TO_MESH[axis]
+        ways = math.prod(shape[name] for name in axes)
+        if size % ways:
+            raise UserError(
+                f"{size} {word} do not divide by {'*'.join(axes)}={ways} of the mesh."
+                f" Choose a multiple of {ways}, or another mesh."
+            )
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        for name, array in batch.items()
+    }
+
+
+def _map_variables(
+    function: Callable[[tuple[Any, ...], nnx.Variable], Any], model: nnx.Module | nnx.State
+) -> Tree:
+    """Applies function(path, variable) to all variables; a nested dictionary keyed by attribute."""
+    state = model if isinstance(model, nnx.State) else nnx.state(model)
+    tree: dict[Any, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        branch = tree
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = function(path, variable)
+    return tree
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
