@@ -1,0 +1,189 @@
+"""What a training run is: data, optimizer, sizes, and how often it reports and saves.
+
+Nothing here describes a model; a model's own config lies beside the model. Every check is made when
+the object is built, so a run never stops half-way because of a number that was wrong from the
+start.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxrec.errors import UserError, nearest
+
+Optimizer = Literal["adamw", "adam_atan2"]
+Schedule = Literal["cosine", "trapezoid", "constant"]
+Remat = Literal["none", "block", "sqrt"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule and the learning rate over the run."""
+
+    name: Optimizer = "adamw"
+    """adamw, or adam_atan2: the rule Huginn was trained with (arXiv:2502.05171)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, > 0."""
+    beta1: float = 0.9
+    """Decay of the first moment per step, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the second moment per step, in [0, 1)."""
+    epsilon: float = 1e-8
+    """adamw: added to the root of the second moment. adam_atan2: its square is the least second
+    moment. > 0."""
+    weight_decay: float = 0.1
+    """Share of a weight removed per step: times the learning rate in adamw, times learning rate /
+    peak in adam_atan2."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient, > 0; None leaves the gradient as it is."""
+    schedule: Schedule = "cosine"
+    """cosine: down to final_fraction; trapezoid: constant, then linearly down in cooldown_steps;
+    constant."""
+    warmup_steps: int = 100
+    """Steps of linear growth to the peak, >= 0. A run that is shorter ends while it still grows."""
+    cooldown_steps: int = 0
+    """trapezoid only: steps of linear decrease at the end of the run, >= 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the end over the peak, in [0, 1]."""
+    ema_decay: float | None = None
+    """Decay per step of the running average of the parameters, in (0, 1); None keeps none."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, get_args(Optimizer))
+        _one_of("optimizer.schedule", self.schedule, get_args(Schedule))
+        _positive("optimizer.learning_rate", self.learning_rate)
+        _positive("optimizer.epsilon", self.epsilon)
+        _fraction("optimizer.beta1", self.beta1, "[0, 1)")
+        _fraction("optimizer.beta2", self.beta2, "[0, 1)")
+        _fraction("optimizer.final_fraction", self.final_fraction, "[0, 1]")
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        _at_least("optimizer.cooldown_steps", self.cooldown_steps, 0)
+        if self.clip_norm is not None:
+            _positive("optimizer.clip_norm", self.clip_norm)
+        if self.ema_decay is not None:
+            _fraction("optimizer.ema_decay", self.ema_decay, "(0, 1)")
+        if self.cooldown_steps and self.schedule != "trapezoid":
+            raise UserError(
+                f"optimizer.cooldown_steps is {self.cooldown_steps} but the schedule is"
+                f" {self.schedule}. Only trapezoid has a cool-down; choose it or leave out cooldown_steps."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text a run learns from."""
+
+    source: str = "python-docs"
+    """python-docs, or a text file, a folder, a glob pattern, or a token file made by `jaxrec
+    data`."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json."""
+    valid_fraction: float = 0.05
+    """Share of the documents that is kept apart for validation, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        _fraction("data.valid_fraction", self.valid_fraction, "(0, 1)")
+        for name in ("source", "tokenizer"):
+            if not getattr(self, name):
+                raise UserError(f"data.{name} is empty; expected a name or a path.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. A step is one update of the parameters."""
+
+    name: str | None = None
+    """Name of the run folder under runs/; None makes one from the model's name."""
+    steps: int = 300
+    """Length of the run in steps, >= 1."""
+    batch: int = 16
+    """Sequences per step over all devices, >= 1."""
+    time: int = 256
+    """Tokens per sequence, >= 1."""
+    accumulate: int = 1
+    """Microbatches per step, >= 1; divides batch. More need less memory and compute the same."""
+    seed: int = 0
+    """Seed of the parameters, the data order, and the sampled depth and initial latent state of
+    every step."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, each block, or blocks in groups of about the
+    root of their number."""
+    precision: Precision = "float32"
+    """Precision of activations and matrix products; parameters and optimizer state are always
+    float32."""
+    mesh: str = "data=1"
+    """Devices per mesh axis (data, fsdp, seq, model), such as data=4,model=2; axes left out have
+    size 1."""
+    log_every: int = 10
+    """Steps between two lines of metrics, >= 1."""
+    eval_every: int = 100
+    """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
+    eval_batches: int = 8
+    """Validation batches per evaluation, >= 1."""
+    eval_depths: tuple[int, ...] | None = None
+    """Loop counts at which a looped model is evaluated, each >= 1; None takes powers of two around
+    its mean depth."""
+    save_every: int = 100
+    """Steps between two checkpoints, >= 0; 0 saves at the end only."""
+    keep: int = 3
+    """Checkpoints kept, the newest, >= 1."""
+    sample_every: int = 0
+    """Steps between two printed samples, >= 0; 0 prints one at the end only."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("remat", self.remat, get_args(Remat))
+        _one_of("precision", self.precision, get_args(Precision))
+        for name in ("steps", "batch", "time", "accumulate", "log_every", "eval_batches", "keep"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("seed", "eval_every", "save_every", "sample_every"):
+            _at_least(name, getattr(self, name), 0)
+        for depth in self.eval_depths or ():
+            _at_least("eval_depths", depth, 1)
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"batch is {self.batch} and does not divide into accumulate={self.accumulate}"
+                " microbatches. Choose a batch that is a multiple of accumulate."
+            )
+        optimizer = self.optimizer
+        if (
+            optimizer.cooldown_steps
+            and optimizer.warmup_steps + optimizer.cooldown_steps > self.steps
+        ):
+            raise UserError(
+                f"optimizer.warmup_steps={optimizer.warmup_steps} and"
+                f" cooldown_steps={optimizer.cooldown_steps} do not fit into steps={self.steps}. Shorten them or train longer."
+            )
+        if self.name is not None and (not self.name.strip(".") or set(self.name) & set("/\\\0")):
+            raise UserError(
+                f"name is {self.name!r}; expected the name of one folder, without slashes."
+            )
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise UserError(
+            f"{name} must be one of {', '.join(known)}; got {value!r}.{nearest(str(value), known)}"
+        )
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:  # also refuses NaN
+        raise UserError(f"{name} must be at least {least}; got {value}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} must be positive and finite; got {value}.")
+
+
+def _fraction(name: str, value: float, interval: str) -> None:
+    low = value > 0 if interval[0] == "(" else value >= 0
+    high = value < 1 if interval[-1] == ")" else value <= 1
+    if not (low and high):
+        raise UserError(f"{name} must lie in {interval}; got {value}.")
