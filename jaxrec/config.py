@@ -1,0 +1,134 @@
+"""Frozen dataclasses to plain dictionaries and back, and objects named by import path.
+
+A configuration is a frozen dataclass whose fields are numbers, strings, booleans, None, tuples or
+other such dataclasses. `from_dict(cls, to_dict(config)) == config` for every one of them.
+"""
+
+import dataclasses
+import importlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxrec.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass as a dictionary that JSON can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
+    """Builds a dataclass from a dictionary; unknown and missing fields are errors that name them.
+
+    Args:
+      cls: the dataclass to build; nested dataclass fields are built the same way.
+      data: field name to value, as `to_dict` or a JSON or YAML file gives it.
+      where: prefix of the field names in messages, such as "optimizer.".
+
+    Raises:
+      UserError: a field is unknown, missing, of the wrong type, or refused by the dataclass itself.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where or cls.__name__}: expected a mapping of fields, got {data!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in fields:
+            raise UserError(
+                f"{cls.__name__} has no field {where}{name}.{nearest(name, fields)}"
+                f" The fields are: {', '.join(fields)}."
+            )
+    for name, field in fields.items():
+        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in data and not has_default:
+            raise UserError(f"{cls.__name__} needs a value for the field {where}{name}.")
+    values = {name: _coerce(hints[name], value, where + name) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_object(path: str) -> Any:
+    """Imports `package.module:NAME`, such as `jaxrec.models.huginn:TINY`.
+
+    Raises:
+      UserError: the path has another form, or the module or the name does not exist; the message
+        then names the nearest.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise UserError(
+            f"{path!r} is not of the form package.module:NAME, e.g. jaxrec.models.huginn:TINY."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise  # the module exists; something that it imports is missing
+        hint = nearest(module_name, _siblings(module_name))
+        raise UserError(
+            f"There is no module {module_name}.{hint} `jaxrec list` shows all."
+        ) from error
+    if not hasattr(module, name):
+        public = [known for known in vars(module) if known.isupper()]
+        known = ", ".join(public) or "none"
+        raise UserError(f"{module_name} has no {name}.{nearest(name, public)} It has: {known}.")
+    return getattr(module, name)
+
+
+def _siblings(module_name: str) -> list[str]:
+    """Names of the modules that lie beside a module that does not exist."""
+    package_name, _, _ = module_name.rpartition(".")
+    try:
+        package = importlib.import_module(package_name)
+    except (ImportError, ValueError):
+        return []
+    folders = [Path(folder) for folder in getattr(package, "__path__", [])]
+    return [
+        f"{package_name}.{file.stem}" for folder in folders for file in folder.glob("[a-z]*.py")
+    ]
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """Fits a plain value to a field's type: a list to a tuple, a dictionary to a dataclass."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        (hint,) = [option for option in options if option is not type(None)]
+        return _coerce(hint, value, name)
+    if origin is typing.Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            hint_text = nearest(str(value), map(str, options))
+            raise UserError(
+                f"{name} must be one of {', '.join(map(str, options))}; got {value!r}.{hint_text}"
+            )
+        return value
+    if origin is tuple:
+        hints = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name} must be a list; got {value!r}.")
+        if hints[1:] == (...,):
+            hints = hints[:1] * len(value)
+        if len(hints) != len(value):
+            raise UserError(f"{name} must have {len(hints)} entries; got {value!r}.")
+        return tuple(_coerce(*pair, name) for pair in zip(hints, value, strict=True))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=f"{name}.")  # type: ignore[arg-type]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    is_wrong = isinstance(hint, type) and not isinstance(value, hint)
+    if is_wrong or (hint is int and isinstance(value, bool)):  # Python: True is an int
+        raise UserError(f"{name} must be of type {getattr(hint, '__name__', hint)}; got {value!r}.")
+    return value

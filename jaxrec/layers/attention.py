@@ -1,0 +1,112 @@
+"""Multi-head attention as a layer: projections, rotation, cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from jaxrec.layers.linear import Linear
+from jaxrec.ops import attention, rotary
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads.
+
+    With `qk_bias`, a constant is added to queries and keys before the rotation. `rotary_base` is the base of the
+    angles, `rotary_pairing` how channels are paired (see `ops.rotary`).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        qk_bias: bool = False,
+        rotary_base: float = 10000.0,
+        rotary_pairing: rotary.Pairing = "half",
+        init: Initializer,
+        out_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        head_width = head_width or width // heads
+        kv_heads = kv_heads or heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"Attention: {heads} heads cannot share {kv_heads} key-value heads evenly."
+            )
+        self.query = Linear(
+            width, (heads, head_width), init=init, axes=("embed", "heads", None), rngs=rngs
+        )
+        self.key_value = Linear(
+            width,
+            (2, kv_heads, head_width),
+            init=init,
+            axes=("embed", None, "heads", None),
+            rngs=rngs,
+        )
+        self.out = Linear(
+            heads * head_width, width, init=out_init or init, axes=("heads", "embed"), rngs=rngs
+        )
+
+        def bias(heads: int) -> nnx.Param | None:
+            return (
+                nnx.Param(jnp.zeros((heads, head_width)), axes=("heads", None)) if qk_bias else None
+            )
+
+        self.query_bias, self.key_bias = bias(heads), bias(kv_heads)
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
+        self.rotary_base, self.rotary_pairing = rotary_base, rotary_pairing
+
+    def init_state(self, batch: int, *, capacity: int, slots: int = 1) -> attention.KVCache:
+        """An empty cache for `capacity` tokens, in the dtype of the weights."""
+        dtype = self.key_value.kernel[...].dtype
+        return attention.init_cache(slots, batch, capacity, self.kv_heads, self.head_width, dtype)
+
+    def angles(self, view: attention.View) -> rotary.Rotation:
+        """The rotation of the tokens in view; the same for all layers built alike."""
+        return rotary.rotation(view.positions, self.head_width, self.rotary_base)
+
+    def __call__(
+        self,
+        x: Array,
+        cache: attention.KVCache | None = None,
+        *,
+        segment_ids: Array | None = None,
+        view: attention.View | None = None,
+        angles: rotary.Rotation | None = None,
+        slot: Array | int = 0,
+    ) -> tuple[Array, attention.KVCache | None]:
+        """Attends over x (b t d) and what the cache holds.
+
+        Args:
+          x: activations (b t d).
+          cache: keys and values so far, or None to keep none.
+          segment_ids: int (b t), see `ops.attention.open_view`.
+          view: the opened timeline when several layers share one cache; None opens it here.
+          angles: rotation for that view; None computes it here.
+          slot: where in the cache this execution of the layer keeps its keys and values.
+
+        Returns:
+          (b t d), and the cache with these tokens written.
+        """
+        batch, time, _ = x.shape
+        if view is None:
+            view, cache = attention.open_view(cache, (batch, time), segment_ids)
+        if angles is None:
+            angles = self.angles(view)
+        with jax.named_scope("attention"):
+            q, kv = self.query(x), self.key_value(x)
+            k, v = kv[:, :, 0], kv[:, :, 1]
+            if self.query_bias is not None and self.key_bias is not None:
+                q = q + self.query_bias[...].astype(q.dtype)[None, None]
+                k = k + self.key_bias[...].astype(k.dtype)[None, None]
+            q = rotary.rotate(q, angles, self.rotary_pairing)
+            k = rotary.rotate(k, angles, self.rotary_pairing)
+            if cache is not None:
+                cache = attention.write(cache, slot, k, v, view.start)
+                k, v = attention.read(cache, slot)
+            y = attention.attend(q, k, v, view)
+            return self.out(y.reshape(batch, time, -1)), cache

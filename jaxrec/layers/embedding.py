@@ -1,0 +1,25 @@
+"""Tokens to vectors and back."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+
+
+class Embedding(nnx.Module):
+    """A table of one vector per token, also usable as the output head that it is tied to."""
+
+    def __init__(self, vocab_size: int, width: int, *, init: Initializer, rngs: nnx.Rngs):
+        table = init(rngs.params(), (vocab_size, width), jnp.float32)
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Array) -> Array:
+        """Looks up int (b t); returns (b t d)."""
+        return self.table[...][tokens]
+
+    def logits(self, x: Array) -> Array:
+        """Scores of every token for x (b t d): (b t vocab), accumulated and returned in float32."""
+        table = self.table[...]
+        return jnp.einsum(
+            "btd,vd->btv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
+        )

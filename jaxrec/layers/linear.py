@@ -1,0 +1,66 @@
+"""Affine maps, and how their weights begin."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+
+
+def truncated_normal(stddev: float) -> Initializer:
+    """Normal with this deviation before it is cut at three deviations, as most published models use it."""
+    return jax.nn.initializers.truncated_normal(stddev, lower=-3.0, upper=3.0)
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis, computed in the dtype of W.
+
+    W maps (d) to one or several axes: `outputs` may be (3, h, k), say, so that sharding can name each of them.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | tuple[int, ...],
+        *,
+        init: Initializer,
+        axes: tuple[str | None, ...],
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        shape = (outputs,) if isinstance(outputs, int) else outputs
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, *shape), jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (... d) to (... outputs)."""
+        kernel = self.kernel[...]
+        y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=1)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(y.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class BlockLinear(nnx.Module):
+    """y = x W + b with a block-diagonal W: the width is cut into `blocks` and each is mapped by itself."""
+
+    def __init__(
+        self, width: int, blocks: int, *, init: Initializer, rngs: nnx.Rngs, bias: bool = True
+    ):
+        if width % blocks:
+            raise ValueError(f"BlockLinear: width {width} does not divide into {blocks} blocks.")
+        size = width // blocks
+        kernel = init(rngs.params(), (blocks, size, size), jnp.float32)
+        self.kernel = nnx.Param(kernel, axes=("heads", None, None))
+        self.bias = nnx.Param(jnp.zeros((blocks, size)), axes=("heads", None)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (b t e) to (b t e)."""
+        kernel = self.kernel[...]
+        blocks, size, _ = kernel.shape
+        split = x.astype(kernel.dtype).reshape(*x.shape[:-1], blocks, size)
+        y = jnp.einsum("bthi,hij->bthj", split, kernel)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)[None, None]
+        return y.reshape(x.shape)

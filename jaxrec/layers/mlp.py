@@ -1,0 +1,43 @@
+"""The gated feed-forward layer."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from jaxrec.layers.linear import Linear
+
+
+class GatedMLP(nnx.Module):
+    """y = W_out (act(W_gate x) * (W_up x)).
+
+    Shazeer, GLU variants improve transformer (2020), arXiv:2002.05202. With silu this is SwiGLU, with gelu GeGLU.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        *,
+        init: Initializer,
+        up_init: Initializer | None = None,
+        out_init: Initializer | None = None,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.gate = Linear(width, inner, init=init, axes=("embed", "mlp"), bias=bias, rngs=rngs)
+        self.up = Linear(
+            width, inner, init=up_init or init, axes=("embed", "mlp"), bias=bias, rngs=rngs
+        )
+        self.out = Linear(
+            inner, width, init=out_init or init, axes=("mlp", "embed"), bias=bias, rngs=rngs
+        )
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (b t d) to (b t d) through the inner width."""
+        with jax.named_scope("mlp"):
+            return self.out(self.activation(self.gate(x)) * self.up(x))

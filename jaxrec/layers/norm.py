@@ -1,0 +1,49 @@
+"""Normalisation over the channels; statistics in float32 whatever the activations are."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale.
+
+    With `unit_offset` the parameter is the deviation of the scale from 1, and begins at 0.
+
+    Zhang & Sennrich, Root mean square layer normalization (2019), arXiv:1910.07467.
+    """
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, unit_offset: bool = False):
+        self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width), axes=(None,))
+        self.epsilon = epsilon
+        self.unit_offset = unit_offset
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises (... d) over d; returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        normed = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
+        return normed.astype(x.dtype) * _spread(scale, x)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias.
+
+    Ba, Kiros & Hinton, Layer normalization (2016), arXiv:1607.06450.
+    """
+
+    def __init__(self, width: int, *, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises (... d) over d; returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(x.dtype) * _spread(self.scale[...], x) + _spread(self.bias[...], x)
+
+
+def _spread(vector: Array, x: Array) -> Array:
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)

@@ -1,0 +1,1 @@
+"""Published systems, each one file: configuration, model, published sizes."""

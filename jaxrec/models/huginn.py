@@ -1,0 +1,381 @@
+"""Huginn: a decoder whose middle is looped, so that depth is chosen when the model is used.
+
+    e = prelude(sqrt(d) embed(tokens));   s^0 ~ N(0, 2/5);   s^{k+1} = core(W_a [s^k ; e]);
+    logits = W_head norm(coda(norm(s^r)))
+
+In training the number of loops r is drawn anew at every step and the gradient passes through the last few only.
+
+Geiping et al., Scaling up test-time compute with latent reasoning: a recurrent depth approach (2025),
+arXiv:2502.05171.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxrec.layers.attention import Attention
+from jaxrec.layers.axes import constrain
+from jaxrec.layers.embedding import Embedding
+from jaxrec.layers.linear import Linear, truncated_normal
+from jaxrec.layers.mlp import GatedMLP
+from jaxrec.layers.norm import RMSNorm
+from jaxrec.ops import attention, rotary
+from jaxrec.ops.depth import IterateInfo, RematPolicy, iterate, remat_scan
+
+DEPTH_SIGMA = 0.5  # of the log-normal rate from which the number of loops is drawn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuginnConfig:
+    """Sizes and options; lengths in tokens, widths in channels."""
+
+    vocab_size: int
+    width: int
+    heads: int  # width / heads must be even
+    mlp_width: int  # inner width of the gated MLP
+    prelude_layers: int
+    core_layers: int
+    coda_layers: int
+    context: int
+    mean_depth: int  # mean of the number of loops in training, minus one
+    backprop_depth: int  # the gradient passes through at most so many loops
+    rotary_base: float = 50000.0
+    qk_bias: bool = True
+    adapter_bias: bool = False
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    latent_scale: float = 1.0  # multiplies the deviation of the initial latent state
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(
+                f"HuginnConfig: width must be a multiple of heads with an even quotient,"
+                f" got width {self.width} and heads {self.heads}."
+            )
+        for field in (
+            "vocab_size",
+            "mlp_width",
+            "core_layers",
+            "context",
+            "mean_depth",
+            "backprop_depth",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"HuginnConfig: {field} must be >= 1, got {getattr(self, field)}.")
+        for field in ("prelude_layers", "coda_layers"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"HuginnConfig: {field} must be >= 0, got {getattr(self, field)}.")
+
+    @property
+    def weight_std(self) -> float:
+        """Deviation of input projections and of the latent state, sqrt(2/5d) ("takase" initialisation)."""
+        return (2 / (5 * self.width)) ** 0.5
+
+    @property
+    def output_std(self) -> float:
+        """Deviation of what writes to the residual stream: shrunk by the mean number of executed blocks."""
+        executed = self.prelude_layers + self.coda_layers + self.core_layers * self.mean_depth
+        return self.weight_std / (2 * executed) ** 0.5
+
+    def build(self, *, rngs: nnx.Rngs) -> "Huginn":
+        """A freshly initialised model."""
+        return Huginn(self, rngs=rngs)
+
+    def sample_depth(self, rng: np.random.Generator) -> int:
+        """Draws Poisson(rate) + 1 loops with log(rate) ~ N(log(mean_depth) - sigma^2/2, sigma^2)."""
+        rate = rng.lognormal(np.log(self.mean_depth) - DEPTH_SIGMA**2 / 2, DEPTH_SIGMA)
+        return int(rng.poisson(rate)) + 1
+
+    def flops_per_token(
+        self, time: int, depth: int | None = None, *, training: bool = False
+    ) -> float:
+        """Multiplications and additions of all matrix products, causal attention counted as half a square.
+
+        With `training`, plus twice those of the parts that the truncated gradient passes through.
+        """
+        depth = self.mean_depth if depth is None else depth
+        block = 2 * (4 * self.width**2 + 3 * self.width * self.mlp_width) + 2 * self.width * time
+        loop = self.core_layers * block + 2 * self.width**2
+        ends = (self.prelude_layers + self.coda_layers) * block
+        ends += 2 * self.width**2 + 2 * self.width * self.vocab_size
+        graded = ends + min(depth, self.backprop_depth) * loop if training else 0
+        return ends + depth * loop + 2 * graded
+
+
+class SandwichBlock(nnx.Module):
+    """Attention and MLP, each normalised before and, with its residual, after: the stream has unit scale."""
+
+    def __init__(self, config: HuginnConfig, *, rngs: nnx.Rngs):
+        init, out_init = truncated_normal(config.weight_std), truncated_normal(config.output_std)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.width, epsilon=config.norm_epsilon)
+
+        self.attention_norm, self.attention_out_norm = norm(), norm()
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            qk_bias=config.qk_bias,
+            rotary_base=config.rotary_base,
+            rotary_pairing="interleaved",
+            init=init,
+            out_init=out_init,
+            rngs=rngs,
+        )
+        self.mlp_norm, self.mlp_out_norm = norm(), norm()
+        self.mlp = GatedMLP(
+            config.width,
+            config.mlp_width,
+            init=init,
+            up_init=out_init,
+            out_init=out_init,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Array, cache: Any, **view: Any) -> tuple[Array, Any]:
+        """Maps x (b t d) to (b t d); the keyword arguments are those of `Attention`."""
+        y, cache = self.attention(self.attention_norm(x), cache, **view)
+        x = self.attention_out_norm(y + x)
+        x = self.mlp_out_norm(self.mlp(self.mlp_norm(x)) + x)
+        return constrain(x, "batch", "time", None), cache
+
+
+def _stack(config: HuginnConfig, layers: int, rngs: nnx.Rngs) -> SandwichBlock | None:
+    """`layers` blocks as one, each parameter with a leading axis l; None for none."""
+    if layers == 0:
+        return None
+    keys = jax.random.split(rngs.params(), layers)
+    return jax.vmap(lambda key: SandwichBlock(config, rngs=nnx.Rngs(key)))(keys)
+
+
+class Latent(NamedTuple):
+    """The state of the loop over the core."""
+
+    state: Array  # s (b t d), float32
+    cache: attention.KVCache | None
+    slot: Array  # int32 (): where the next executed block keeps its keys and values
+
+
+class Huginn(nnx.Module):
+    """The model. State is a `KVCache` with one slot per executed block, or None."""
+
+    def __init__(self, config: HuginnConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = truncated_normal(config.weight_std)
+        self.embedding = Embedding(config.vocab_size, config.width, init=init, rngs=rngs)
+        self.prelude = _stack(config, config.prelude_layers, rngs)
+        # The adapter's matrix for [s ; e], cut in two: what it makes of e is the same in every loop.
+        axes = (None, "embed")
+        self.adapter_latent = Linear(
+            config.width, config.width, init=init, axes=axes, bias=config.adapter_bias, rngs=rngs
+        )
+        self.adapter_input = Linear(config.width, config.width, init=init, axes=axes, rngs=rngs)
+        self.core = _stack(config, config.core_layers, rngs)
+        self.coda = _stack(config, config.coda_layers, rngs)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Embedding(config.vocab_size, config.width, init=init, rngs=rngs)
+        )
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of the weights, which activations follow; the latent state stays float32."""
+        return self.embedding.table[...].dtype
+
+    def init_state(
+        self, batch: int, *, capacity: int, depth: int | None = None
+    ) -> attention.KVCache:
+        """An empty cache for `capacity` tokens at up to `depth` loops (the trained mean if None)."""
+        config = self.config
+        depth = config.mean_depth if depth is None else depth
+        slots = config.prelude_layers + depth * config.core_layers + config.coda_layers
+        head_width = config.width // config.heads
+        return attention.init_cache(
+            slots, batch, capacity, config.heads, head_width, self.compute_dtype
+        )
+
+    def init_latent(self, key: Array | None, batch: int, time: int) -> Array:
+        """s^0 (b t d) float32: normal with deviation latent_scale * sqrt(2/5), cut at three; zero without a key."""
+        shape = (batch, time, self.config.width)
+        if key is None:
+            return jnp.zeros(shape)
+        stddev = self.config.latent_scale * self.config.weight_std * self.config.width**0.5
+        return truncated_normal(stddev)(key, shape, jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Array,
+        state: attention.KVCache | None = None,
+        *,
+        segment_ids: Array | None = None,
+        depth: int | Array | None = None,
+        key: Array | None = None,
+        latent: Array | None = None,
+        grad_steps: int | None = None,
+        remat: RematPolicy = "none",
+    ) -> tuple[Array, attention.KVCache | None]:
+        """Scores the next token at every position.
+
+        Args:
+          tokens: int (b t).
+          state: cache of the tokens so far, from `init_state`; None keeps nothing. Its capacity and depth are
+            not exceeded silently only if the caller sees to it.
+          segment_ids: int (b t), documents packed in a row; see `ops.attention.open_view`.
+          depth: number of loops, int or traced int32; the trained mean if None. Without a state any number.
+          key: draws the initial latent state; None begins at zero.
+          latent: the initial latent state itself, (b t d) float32, instead of a key.
+          grad_steps: loops that the gradient passes through; config.backprop_depth if None.
+          remat: what the gradient stores, see `ops.depth.remat_scan`.
+
+        Returns:
+          Logits (b t vocab), float32, and the cache.
+        """
+        batch, time = tokens.shape
+        depth = self.config.mean_depth if depth is None else depth
+        view, cache = attention.open_view(state, (batch, time), segment_ids)
+        embedded, cache = self.embed(tokens, view, cache, remat=remat)
+        if latent is None:
+            latent = self.init_latent(key, batch, time)
+        latent, cache, _ = self.refine(
+            latent, embedded, depth, view, cache, grad_steps=grad_steps, remat=remat
+        )
+        logits, cache = self.predict(latent, view, cache, remat=remat)
+        return logits, cache
+
+    def embed(
+        self,
+        tokens: Array,
+        view: attention.View,
+        cache: attention.KVCache | None = None,
+        *,
+        remat: RematPolicy = "none",
+    ) -> tuple[Array, attention.KVCache | None]:
+        """Tokens (b t) through embedding and prelude: e (b t d), the input of every loop."""
+        with jax.named_scope("prelude"):
+            x = self.embedding(tokens) * jnp.asarray(self.config.width**0.5, self.compute_dtype)
+            return self._run(
+                self.prelude, constrain(x, "batch", "time", None), view, cache, 0, remat
+            )
+
+    def refine(
+        self,
+        latent: Array,
+        embedded: Array,
+        depth: int | Array,
+        view: attention.View,
+        cache: attention.KVCache | None = None,
+        *,
+        grad_steps: int | None = None,
+        remat: RematPolicy = "none",
+    ) -> tuple[Array, attention.KVCache | None, IterateInfo]:
+        """Loops the core `depth` times from the latent state s (b t d); returns s^depth, cache and info."""
+        with jax.named_scope("core"):
+            injected = self.adapter_input(embedded)
+
+            def loop(z: Latent) -> Latent:
+                x = self.adapter_latent(z.state) + injected
+                x, cache = self._run(self.core, x, view, z.cache, z.slot, remat)
+                return Latent(x.astype(jnp.float32), cache, z.slot + self.config.core_layers)
+
+            if grad_steps is None and cache is None:
+                grad_steps = self.config.backprop_depth
+            start = Latent(latent, cache, jnp.asarray(self.config.prelude_layers, jnp.int32))
+            end, info = iterate(loop, start, depth, grad_steps=grad_steps, remat=remat)
+        return end.state, end.cache, info
+
+    def predict(
+        self,
+        latent: Array,
+        view: attention.View,
+        cache: attention.KVCache | None = None,
+        *,
+        remat: RematPolicy = "none",
+    ) -> tuple[Array, attention.KVCache | None]:
+        """Latent state s (b t d) through norm, coda, norm and head: logits (b t vocab), float32."""
+        with jax.named_scope("coda"):
+            x = self.norm(latent).astype(self.compute_dtype)
+            # The coda keeps its keys in the last slots, wherever the loop has ended.
+            slot = 0 if cache is None else cache.k.shape[0] - self.config.coda_layers
+            x, cache = self._run(self.coda, x, view, cache, slot, remat)
+            head = self.embedding if self.head is None else self.head
+            logits = head.logits(self.norm(x))
+        return constrain(logits, "batch", "time", "vocab"), cache
+
+    def _run(
+        self,
+        blocks: SandwichBlock | None,
+        x: Array,
+        view: attention.View,
+        cache: attention.KVCache | None,
+        slot: Array | int,
+        remat: RematPolicy,
+    ) -> tuple[Array, attention.KVCache | None]:
+        """Runs stacked blocks one after another, using slots from `slot` on."""
+        if blocks is None:
+            return x, cache
+        angles = rotary.rotation(
+            view.positions, self.config.width // self.config.heads, self.config.rotary_base
+        )
+
+        def body(carry: tuple[Array, Any, Array], block: SandwichBlock) -> tuple[Any, None]:
+            x, cache, slot = carry
+            x, cache = block(x, cache, view=view, angles=angles, slot=slot)
+            return (x, cache, slot + 1), None
+
+        start = (x, cache, jnp.asarray(slot, jnp.int32))
+        # sqrt is for the long loop in depth; a handful of blocks is recomputed one at a time.
+        (x, cache, _), _ = remat_scan(
+            body, start, blocks, remat="none" if remat == "none" else "block"
+        )
+        return x, cache
+
+
+TINY = HuginnConfig(
+    vocab_size=272,
+    width=128,
+    heads=4,
+    mlp_width=384,
+    prelude_layers=1,
+    core_layers=2,
+    coda_layers=1,
+    context=1024,
+    mean_depth=4,
+    backprop_depth=3,
+    qk_bias=False,
+)
+"""Bytes; learns real text in minutes on two CPU cores."""
+
+SMALL = HuginnConfig(
+    vocab_size=32768,
+    width=768,
+    heads=12,
+    mlp_width=2560,
+    prelude_layers=2,
+    core_layers=4,
+    coda_layers=2,
+    context=2048,
+    mean_depth=16,
+    backprop_depth=8,
+)
+"""About 90 million parameters; for one accelerator."""
+
+HUGINN_3_5B = HuginnConfig(
+    vocab_size=65536,
+    width=5280,
+    heads=55,
+    mlp_width=17920,
+    prelude_layers=2,
+    core_layers=4,
+    coda_layers=2,
+    context=4096,
+    mean_depth=32,
+    backprop_depth=8,
+)
+"""The published nebel-raven-3.5b: 3,509,051,040 parameters."""

@@ -1,0 +1,71 @@
+"""What training, generation and the command line ask of a language model and of its configuration."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from flax import nnx
+from jax import Array
+
+
+class LanguageModel(Protocol):
+    """A `flax.nnx` module used as a pytree. Looped models also take `depth` and `key`."""
+
+    config: Any
+
+    def init_state(self, batch: int, *, capacity: int, depth: int | None = None) -> Any:
+        """State before the first token, with room for `capacity` tokens and, if looped, `depth` loops."""
+        ...
+
+    def __call__(
+        self, tokens: Array, state: Any = None, *, segment_ids: Array | None = None, **loop: Any
+    ) -> tuple[Array, Any]:
+        """Maps tokens (b t) to logits (b t vocab), float32, and the next state.
+
+        With `state=None` nothing is kept. A change of `segment_ids` (b t) begins another document; None goes on
+        with the last one.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageModelConfig(Protocol):
+    """A frozen dataclass that fixes an architecture."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the model is meant for."""
+        ...
+
+    @property
+    def mean_depth(self) -> int | None:
+        """Mean number of loops in training; None for a model without a loop."""
+        ...
+
+    def build(self, *, rngs: nnx.Rngs) -> LanguageModel:
+        """A freshly initialised model."""
+        ...
+
+    def sample_depth(self, rng: np.random.Generator) -> int | None:
+        """Draws the number of loops of one training step; None for a model without a loop."""
+        ...
+
+    def flops_per_token(
+        self, time: int, depth: int | None = None, *, training: bool = False
+    ) -> float:
+        """Floating-point operations for one token of a sequence of `time` tokens; forward, or a training step."""
+        ...
+
+
+def loop_inputs(
+    config: LanguageModelConfig, depth: int | Array | None, key: Array | None
+) -> dict[str, Any]:
+    """Keyword arguments by which a looped model gets its depth and the key of its initial latent state.
+
+    Empty for a model without a loop, which then can be called in the same way.
+    """
+    return {} if config.mean_depth is None else {"depth": depth, "key": key}

@@ -1,0 +1,139 @@
+"""Causal softmax attention over documents packed in a row, with a key-value cache that is a plain value.
+
+    y_t = sum_s softmax_s(q_t . k_s / sqrt(k)) v_s   over s <= t in the segment of t
+
+Vaswani et al., Attention is all you need (2017), arXiv:1706.03762; grouped heads: Ainslie et al. (2023),
+arXiv:2305.13245.
+
+A cache holds the keys and values of several slots: one per layer, or, in a looped model, one per execution of a
+layer. All slots share one timeline (which token lies where), so a cache is opened once per call of the model
+and then written slot by slot.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrec.ops import segments
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far. Slots that nobody writes stay zero."""
+
+    k: Array  # (l b s h k) by slot l and source time s; after rotation
+    v: Array  # (l b s h k)
+    segment: Array  # int32 (b s): segment of each token; EMPTY where nothing is written
+    position: Array  # int32 (b): position that the next token has if its segment goes on
+    length: Array  # int32 (): tokens written
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that fit."""
+        return self.segment.shape[1]
+
+
+EMPTY = -1  # no token has this segment
+
+
+class View(NamedTuple):
+    """What the tokens of one call may see, shared by all layers."""
+
+    positions: Array  # int32 (b t): position of each token inside its segment
+    mask: Array | None  # bool (b t s); None: causal and nothing else
+    start: Array  # int32 (): index of the first of these tokens in the cache
+
+
+def init_cache(
+    slots: int, batch: int, capacity: int, heads: int, head_width: int, dtype: jnp.dtype
+) -> KVCache:
+    """An empty cache for `capacity` tokens."""
+    keys = jnp.zeros((slots, batch, capacity, heads, head_width), dtype)
+    return KVCache(
+        k=keys,
+        v=keys,
+        segment=jnp.full((batch, capacity), EMPTY, jnp.int32),
+        position=jnp.zeros(batch, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def open_view(
+    cache: KVCache | None, shape: tuple[int, int], segment_ids: Array | None = None
+) -> tuple[View, KVCache | None]:
+    """Enters the next tokens into the timeline.
+
+    Args:
+      cache: tokens so far, or None: there are none and none will be kept.
+      shape: (b, t) of the tokens that come. A cache must have room for them: indices beyond the capacity would
+        silently overwrite its end, so whoever allocates the cache checks.
+      segment_ids: int32 (b t) >= 0; a token sees only tokens of its own segment, and positions restart where a
+        segment begins. None: the last token's segment goes on.
+
+    Returns:
+      The view, and the cache with its timeline advanced (keys and values are written by the layers).
+    """
+    batch, time = shape
+    if cache is None:
+        start = jnp.zeros((), jnp.int32)
+        if segment_ids is None:
+            index = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), shape)
+            return View(index, None, start), None
+        reset = segments.resets(segment_ids)
+        mask = _causal(segment_ids, segment_ids, start)
+        return View(segments.positions(reset, jnp.zeros(batch, jnp.int32)), mask, start), None
+
+    start = cache.length
+    last = lax.dynamic_index_in_dim(
+        cache.segment, jnp.maximum(start - 1, 0), axis=1, keepdims=False
+    )
+    if segment_ids is None:
+        segment_ids = jnp.broadcast_to(jnp.maximum(last, 1)[:, None], shape)
+    # Before the first token `last` is EMPTY, which begins a segment at position 0.
+    position = segments.positions(segments.resets(segment_ids, last), cache.position)
+    written = lax.dynamic_update_slice_in_dim(cache.segment, segment_ids, start, axis=1)
+    cache = cache._replace(segment=written, position=position[:, -1] + 1, length=start + time)
+    return View(position, _causal(segment_ids, written, start), start), cache
+
+
+def _causal(query_segment: Array, key_segment: Array, start: Array) -> Array:
+    """bool (b t s): key s is not later than query t and lies in the same segment."""
+    time, source = query_segment.shape[1], key_segment.shape[1]
+    query_index = start + jnp.arange(time, dtype=jnp.int32)
+    not_later = jnp.arange(source, dtype=jnp.int32)[None, :] <= query_index[:, None]
+    return not_later[None] & (query_segment[:, :, None] == key_segment[:, None, :])
+
+
+def write(cache: KVCache, slot: Array | int, k: Array, v: Array, start: Array) -> KVCache:
+    """Stores k, v (b t h k) of the tokens from index `start` on in one slot."""
+
+    def put(whole: Array, new: Array) -> Array:
+        at = (jnp.asarray(slot, jnp.int32), 0, start, 0, 0)
+        return lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), at)
+
+    return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
+
+
+def read(cache: KVCache, slot: Array | int) -> tuple[Array, Array]:
+    """Keys and values (b s h k) of one slot."""
+    k, v = (lax.dynamic_index_in_dim(x, slot, axis=0, keepdims=False) for x in (cache.k, cache.v))
+    return k, v
+
+
+def attend(q: Array, k: Array, v: Array, view: View) -> Array:
+    """Softmax attention with scale 1/sqrt(k); scores and softmax in float32.
+
+    Args:
+      q: queries (b t h k).
+      k: keys (b s g k) with g dividing h: each key head serves h/g query heads in a row.
+      v: values (b s g k).
+      view: which sources a query sees; a query that sees none returns the mean of all values.
+
+    Returns:
+      (b t h k) in q's dtype.
+    """
+    mask = None if view.mask is None else view.mask[:, None]
+    # JAX widens bfloat16 scores by implicit promotion, which strict mode would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)

@@ -1,0 +1,67 @@
+"""A scan whose backward pass recomputes instead of remembering.
+
+Chen et al., Training deep nets with sublinear memory cost (2016), arXiv:1604.06174.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+from jax import lax
+
+RematPolicy = Literal["none", "block", "sqrt"]
+REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+
+
+def remat_scan(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    *,
+    length: int | None = None,
+    remat: RematPolicy = "none",
+) -> tuple[Any, Any]:
+    """`lax.scan(body, carry, xs, length)` with a choice of what its gradient stores.
+
+    Args:
+      body: (carry, x) -> (carry, y), as for `lax.scan`.
+      carry: initial carry, any pytree.
+      xs: pytree scanned over its leading axis, or None when `length` is given.
+      length: number of steps; needed when xs has no leaves.
+      remat: "none" stores every intermediate of every step; "block" stores the carry of every step and
+        recomputes one step at a time; "sqrt" stores the carry of every sqrt(n)-th step and recomputes one
+        such stretch at a time: O(sqrt n) carries for one more forward pass.
+
+    Returns:
+      The last carry and the stacked ys.
+
+    Raises:
+      ValueError: the policy is unknown.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+    leaves = jax.tree.leaves(xs)
+    steps = length if not leaves else leaves[0].shape[0]
+    assert steps is not None, "remat_scan needs xs or length"
+    if remat == "none":
+        return lax.scan(body, carry, xs, length=steps)
+    # The loop already keeps XLA from merging the recomputation with the first pass.
+    one_step = jax.checkpoint(body, prevent_cse=False)
+    stretch = max(1, int(steps**0.5))
+    if remat == "block" or stretch == 1:
+        return lax.scan(one_step, carry, xs, length=steps)
+
+    whole = steps // stretch * stretch
+    head = jax.tree.map(lambda x: x[:whole].reshape(-1, stretch, *x.shape[1:]), xs)
+    tail = jax.tree.map(lambda x: x[whole:], xs)
+
+    @jax.checkpoint
+    def run_stretch(carry: Any, xs: Any) -> tuple[Any, Any]:
+        return lax.scan(one_step, carry, xs, length=stretch)
+
+    carry, ys = lax.scan(run_stretch, carry, head, length=steps // stretch)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if whole == steps:
+        return carry, ys
+    carry, last_ys = lax.scan(one_step, carry, tail, length=steps - whole)
+    return carry, jax.tree.map(lambda y, last: jax.numpy.concatenate([y, last]), ys, last_ys)
