@@ -68,7 +68,8 @@ class OptimizerConfig:
         if self.cooldown_steps and self.schedule != "trapezoid":
             raise UserError(
                 f"optimizer.cooldown_steps is {self.cooldown_steps} but the schedule is"
-                f" {self.schedule}. Only trapezoid has a cool-down; choose it or leave out cooldown_steps."
+                f" {self.schedule}. Only trapezoid has a cool-down; choose it"
+                " or leave out cooldown_steps."
             )
 
 
@@ -156,7 +157,8 @@ class TrainConfig:
         ):
             raise UserError(
                 f"optimizer.warmup_steps={optimizer.warmup_steps} and"
-                f" cooldown_steps={optimizer.cooldown_steps} do not fit into steps={self.steps}. Shorten them or train longer."
+                f" cooldown_steps={optimizer.cooldown_steps} do not fit into"
+                f" steps={self.steps}. Shorten them or train longer."
             )
         if self.name is not None and (not self.name.strip(".") or set(self.name) & set("/\\\0")):
             raise UserError(

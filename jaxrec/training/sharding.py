@@ -66,7 +66,8 @@ def build_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if jax.process_count() > 1 and needed != len(devices):
         raise UserError(
             f"mesh {spec!r} uses {needed} of {len(devices)} devices; a run on"
-            f" {jax.process_count()} hosts must use all of them. Choose sizes whose product is {len(devices)}."
+            f" {jax.process_count()} hosts must use all of them."
+            f" Choose sizes whose product is {len(devices)}."
         )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(

@@ -121,7 +121,7 @@ def test_batches_are_split_over_data_and_time():
     put = sharding.put_batch({"inputs": tokens}, mesh)["inputs"]
     np.testing.assert_array_equal(np.asarray(put), tokens)
     assert put.addressable_shards[0].data.shape == (1, 3)
-    with pytest.raises(UserError, match=r"6 sequences per batch do not divide by data\\*fsdp=4"):
+    with pytest.raises(UserError, match=r"6 sequences per batch do not divide by data\*fsdp=4"):
         sharding.put_batch({"inputs": np.zeros((6, 6), np.int32)}, mesh)
     with pytest.raises(UserError, match=r"5 tokens per sequence do not divide by seq=2"):
         sharding.put_batch({"inputs": np.zeros((4, 5), np.int32)}, mesh)
