@@ -1,0 +1,42 @@
+"""Text for language models: corpora, tokenizers, split by document, token files, batches."""
+
+from jaxrec.training.data.batches import Batch, Batches, prefetch
+from jaxrec.training.data.corpora import (
+    Document,
+    corpus_sha256,
+    python_docs,
+    read_corpus,
+    split_documents,
+    text_files,
+)
+from jaxrec.training.data.loading import Data, load_data, write_data
+from jaxrec.training.data.streams import TokenStream, tokenize
+from jaxrec.training.data.tokenizers import (
+    ByteTokenizer,
+    HFTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+)
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "ByteTokenizer",
+    "Data",
+    "Document",
+    "HFTokenizer",
+    "StreamDecoder",
+    "TokenStream",
+    "Tokenizer",
+    "corpus_sha256",
+    "load_data",
+    "load_tokenizer",
+    "prefetch",
+    "python_docs",
+    "read_corpus",
+    "split_documents",
+    "text_files",
+    "tokenize",
+    "write_data",
+]
