@@ -1,0 +1,1 @@
+"""The commands of `jaxrec`: one module each, an `Arguments` dataclass and a `run` function."""
