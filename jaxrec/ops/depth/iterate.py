@@ -27,7 +27,7 @@ class IterateInfo(NamedTuple):
 
 class _Loop(NamedTuple):
     z: Any
-    index: Array  # int32 (), steps that the loop has run
+    taken: Array  # int32 (), steps that the loop has run
     info: IterateInfo
 
 
@@ -84,7 +84,7 @@ def iterate(
         def graded(loop: _Loop, _: None) -> tuple[_Loop, None]:
             if isinstance(n, int) and until is None:
                 return advance(loop), None
-            busy = jnp.logical_and(loop.index < n, ~_all_halted(loop.info, until))
+            busy = jnp.logical_and(loop.taken < n, ~_all_halted(loop.info, until))
             return lax.cond(busy, advance, lambda loop: loop, loop), None
 
         loop, _ = remat_scan(graded, loop, None, length=grad_steps, remat=remat)
@@ -106,13 +106,13 @@ def _advance(step: Step, until: Until | None) -> Callable[[_Loop], _Loop]:
     def advance(loop: _Loop) -> _Loop:
         new = step(loop.z)
         if until is None:
-            return _Loop(new, loop.index + 1, loop.info._replace(steps=loop.info.steps + 1))
+            return _Loop(new, loop.taken + 1, loop.info._replace(steps=loop.info.steps + 1))
         halted = loop.info.converged
         info = IterateInfo(
             steps=loop.info.steps + jnp.where(halted, 0, 1),
             converged=halted | until(new, loop.z),
         )
-        return _Loop(_keep(halted, loop.z, new), loop.index + 1, info)
+        return _Loop(_keep(halted, loop.z, new), loop.taken + 1, info)
 
     return advance
 
@@ -147,6 +147,6 @@ def _run_without_gradient(
         closed_over = lax.stop_gradient(closed_over)
 
     def busy(loop: _Loop) -> Array:
-        return jnp.logical_and(loop.index < steps, ~_all_halted(loop.info, until))
+        return jnp.logical_and(loop.taken < steps, ~_all_halted(loop.info, until))
 
     return lax.while_loop(busy, lambda loop: body(loop, *closed_over), start)

@@ -1,0 +1,239 @@
+"""Runs a conversion table in both directions and refuses whatever the table does not say.
+
+A system's file gives a `System`: its name, how its configuration file maps to ours and back, and `Rule`s. A rule
+names a tensor of the original and the parameter or parameters it becomes; the tensors of a name with `{i}` are
+stacked along a new leading axis.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrec.errors import UserError, nearest
+
+Shape = tuple[int, ...]
+SYSTEMS = ("huginn",)
+"""Names of the systems that can be converted; each is a module beside this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of a table."""
+
+    source: str  # name in the original, such as "layers.{i}.mlp.up.weight"
+    targets: tuple[str, ...]  # parameter paths, such as ("blocks/mlp/up/kernel",)
+    load: Callable[[np.ndarray, Sequence[Shape]], Sequence[np.ndarray]]  # tensor, target shapes -> parameters
+    save: Callable[[Sequence[np.ndarray]], np.ndarray]  # parameters -> tensor, the inverse of `load`
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """All that the engine needs to know of one published format."""
+
+    name: str
+    read_config: Callable[[Mapping[str, Any]], Any]  # the original's config.json -> ours
+    write_config: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
+    ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
+
+
+def same(source: str, target: str) -> Rule:
+    """The tensor is the parameter."""
+    return Rule(source, (target,), lambda x, _: (x,), lambda xs: xs[0])
+
+
+def transposed(source: str, target: str) -> Rule:
+    """A linear map stored (out, in), kept (in, out...): transposed, and the outputs folded as the parameter's."""
+    return Rule(
+        source,
+        (target,),
+        lambda x, shapes: (x.T.reshape(shapes[0]),),
+        lambda xs: xs[0].reshape(xs[0].shape[0], -1).T,
+    )
+
+
+def load(system: str, directory: str | Path) -> Any:
+    """Reads a published checkpoint.
+
+    Args:
+      system: which table to use, one of `SYSTEMS`.
+      directory: holds config.json and safetensors files (one, several, or sharded with an index).
+
+    Returns:
+      The model, parameters in float32.
+
+    Raises:
+      UserError: the system is unknown, a file or a configuration field is missing or unknown, or tensors are
+        unused, missing or misshapen; the message names them.
+    """
+    table, folder = find(system), Path(directory)
+    config = table.read_config(_read_json(folder / "config.json"))
+    return from_tensors(table, config, read_tensors(folder))
+
+
+def export(model: Any, directory: str | Path, system: str | None = None) -> None:
+    """Writes a model as its original would: config.json and model.safetensors, in float32.
+
+    Args:
+      model: a model of a system that has a table.
+      directory: made if missing; existing files in it are an error.
+      system: the table; found from the model if None.
+
+    Raises:
+      UserError: no table fits the model, or the directory holds a checkpoint already.
+    """
+    from safetensors.numpy import save_file
+
+    table, folder = find(system or type(model).__module__.rpartition(".")[2]), Path(directory)
+    target = folder / "model.safetensors"
+    if target.exists():
+        raise UserError(f"{target} exists; choose another directory or remove it first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(to_tensors(table, model), target, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(table.write_config(model.config), indent=2) + "\n")
+
+
+def find(system: str) -> System:
+    """The table of a system by name."""
+    if system not in SYSTEMS:
+        raise UserError(
+            f"There is no conversion for {system!r}.{nearest(system, SYSTEMS)} Known: {', '.join(SYSTEMS)}."
+        )
+    return importlib.import_module(f"jaxrec.convert.{system}").SYSTEM
+
+
+def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+    """Builds the model of `config` from the original's tensors; see `load` for what is refused."""
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(state)).items()}
+    filled: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for rule in system.rules(config):
+        stacked = "{i}" in rule.source
+        names = _numbered(rule.source, tensors) if stacked else [rule.source]
+        absent = [name for name in names if name not in tensors]
+        if absent:
+            raise UserError(f"{system.name}: the checkpoint has no tensor {absent[0]}.")
+        used.update(names)
+        wanted = [shapes[path][1:] if stacked else shapes[path] for path in rule.targets]
+        loaded = [_apply(rule, tensors[name], wanted, name) for name in names]
+        for path, columns in zip(rule.targets, zip(*loaded, strict=True), strict=True):
+            value = np.stack(columns) if stacked else columns[0]
+            if value.shape != shapes[path]:
+                raise UserError(
+                    f"{system.name}: {rule.source} gives {path} the shape {value.shape},"
+                    f" but the configuration asks for {shapes[path]}."
+                )
+            filled[path] = value
+    unused = sorted(name for name in tensors if name not in used and name not in system.ignored)
+    if unused:
+        raise UserError(f"{system.name}: the model has no place for {_listed(unused)} of the checkpoint.")
+    unfilled = sorted(set(shapes) - set(filled))
+    if unfilled:
+        raise UserError(f"{system.name}: the checkpoint has nothing for the parameters {_listed(unfilled)}.")
+    nested: dict[str, Any] = {}
+    for path, value in filled.items():
+        *parents, leaf = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jnp.asarray(value, jnp.float32)
+    return nnx.merge(graph, nested)
+
+
+def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, np.ndarray]:
+    """The original's tensors, contiguous, for a model, or for a tree shaped like it, such as its gradient."""
+    tree = model if parameters is None else parameters
+    flat = {path: np.asarray(leaf) for path, leaf in _flat(nnx.to_pure_dict(nnx.split(tree)[1])).items()}
+    tensors: dict[str, np.ndarray] = {}
+    for rule in system.rules(model.config):
+        values = [flat[path] for path in rule.targets]
+        if "{i}" not in rule.source:
+            tensors[rule.source] = rule.save(values)
+            continue
+        for i in range(values[0].shape[0]):
+            tensors[rule.source.format(i=i)] = rule.save([value[i] for value in values])
+    # The safetensors writer would store a transposed view with the right shape and the wrong order.
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of the safetensors files of a folder; an index file, if there is one, says which files."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise UserError(f"{index} names {outside[0]!r}; shards must lie beside the index.")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
+        if pickled:
+            raise UserError(
+                f"{folder} holds {pickled[0]}, which is a pickle and could run code; it is not read. Convert it"
+                " where it came from: safetensors.torch.save_file(state_dict, 'model.safetensors')."
+            )
+        raise UserError(f"{folder} holds no .safetensors file.")
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if name in tensors:
+                        raise UserError(f"{file} holds {name} again; another file has it already.")
+                    tensors[name] = opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"Cannot read {file}: {error}. Fetch it again.") from error
+    return tensors
+
+
+def _numbered(source: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The names for {i} = 0, 1, ... up to the largest index that the checkpoint has."""
+    before, after = source.split("{i}")
+    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    largest = max((int(match[1]) for name in tensors if (match := pattern.fullmatch(name))), default=0)
+    return [source.format(i=i) for i in range(largest + 1)]
+
+
+def _apply(rule: Rule, tensor: np.ndarray, wanted: Sequence[Shape], name: str) -> Sequence[np.ndarray]:
+    try:
+        return rule.load(tensor, wanted)
+    except ValueError as error:
+        raise UserError(
+            f"{name} has shape {tensor.shape}, which cannot become {', '.join(rule.targets)}"
+            f" of shape {', '.join(map(str, wanted))}."
+        ) from error
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"Cannot read {file}: {error}.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a JSON object.")
+    return data

@@ -1,0 +1,151 @@
+"""Huginn checkpoints of the Hugging Face layout, `model_type` huginn_raven (arXiv:2502.05171)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrec.convert.engine import Rule, Shape, System, same, transposed
+from jaxrec.errors import UserError, nearest
+from jaxrec.models.huginn import HuginnConfig
+
+FIELDS = {
+    "n_embd": "width",
+    "n_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "n_layers_in_prelude": "prelude_layers",
+    "n_layers_in_recurrent_block": "core_layers",
+    "n_layers_in_coda": "coda_layers",
+    "block_size": "context",
+    "mean_recurrence": "mean_depth",
+    "mean_backprop_depth": "backprop_depth",
+    "rope_base": "rotary_base",
+    "qk_bias": "qk_bias",
+    "bias": "adapter_bias",
+    "tie_embeddings": "tie_embeddings",
+    "norm_eps": "norm_epsilon",
+}
+FIXED = {  # architectures that the original code knows and this model is not
+    "block_class_name": "SandwichBlock",
+    "norm_class_name": "RMSNorm_llama",
+    "mlp_class_name": "GatedMLP",
+    "nonlin_name": "SiLU",
+    "injection_type": "linear",
+    "model_type": "huginn_raven",
+}
+DERIVED = ("n_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "padded_vocab_size")
+UNUSED = (  # bookkeeping of the file format, and how the weights were trained
+    "architectures auto_map dtype torch_dtype transformers_version use_cache tie_word_embeddings"
+    " bos_token_id eos_token_id pad_token_id architecture_class_name init_strategy init_orthogonal init_values"
+    " state_init sampling_scheme activation_checkpoint_impl effective_expected_depth test_time_noise"
+    " test_time_noise_type"
+).split()
+
+
+def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
+    known = [*FIELDS, *FIXED, *DERIVED, *UNUSED, "vocab_size", "padding_multiple"]
+    for name, value in data.items():
+        if name not in known and not name.startswith("_"):
+            raise UserError(f"huginn: unknown field {name} in config.json.{nearest(name, known)}")
+        if name in FIXED and value != FIXED[name]:
+            raise UserError(f"huginn: {name} must be {FIXED[name]!r}, got {value!r}.")
+    missing = [name for name in (*FIELDS, "vocab_size") if name not in data]
+    if missing:
+        raise UserError(f"huginn: config.json lacks the field {missing[0]}.")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if data.get(name, data["n_heads"]) != data["n_heads"]:
+            raise UserError(f"huginn: {name} must equal n_heads {data['n_heads']}, got {data[name]}.")
+    multiple = data.get("padding_multiple", 1)
+    vocab_size = -(-data["vocab_size"] // multiple) * multiple
+    try:
+        return HuginnConfig(vocab_size=vocab_size, **{ours: data[name] for name, ours in FIELDS.items()})
+    except ValueError as error:
+        raise UserError(f"huginn: config.json: {error}") from error
+
+
+def _write_config(config: HuginnConfig) -> dict[str, Any]:
+    data = {name: getattr(config, ours) for name, ours in FIELDS.items()}
+    data |= FIXED
+    data["vocab_size"] = config.vocab_size
+    data["padding_multiple"] = 1
+    data["n_layers"] = config.prelude_layers + config.core_layers + config.coda_layers
+    data["num_attention_heads"] = data["num_key_value_heads"] = config.heads
+    return data
+
+
+def _split_rows(tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """Outputs of a fused (out, in) map, one stretch of rows for each parameter (in, out...)."""
+    ends = np.cumsum([int(np.prod(shape[1:])) for shape in shapes])
+    if ends[-1] != tensor.shape[0]:
+        raise ValueError(f"{tensor.shape[0]} rows cannot be cut at {ends}")
+    stretches = np.split(tensor, ends[:-1])
+    return [part.T.reshape(shape) for part, shape in zip(stretches, shapes, strict=True)]
+
+
+def _join_rows(parameters: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([x.reshape(x.shape[0], -1).T for x in parameters])
+
+
+def _fused(source: str, *targets: str) -> Rule:
+    return Rule(source, targets, _split_rows, _join_rows)
+
+
+def _block(theirs: str, ours: str, config: HuginnConfig) -> list[Rule]:
+    theirs = f"transformer.{theirs}.{{i}}."
+    rules = [
+        same(f"{theirs}norm_1.weight", f"{ours}/attention_norm/scale"),
+        same(f"{theirs}norm_2.weight", f"{ours}/attention_out_norm/scale"),
+        same(f"{theirs}norm_3.weight", f"{ours}/mlp_norm/scale"),
+        same(f"{theirs}norm_4.weight", f"{ours}/mlp_out_norm/scale"),
+        _fused(
+            f"{theirs}attn.Wqkv.weight",
+            f"{ours}/attention/query/kernel",
+            f"{ours}/attention/key_value/kernel",
+        ),
+        transposed(f"{theirs}attn.proj.weight", f"{ours}/attention/out/kernel"),
+        _fused(f"{theirs}mlp.fc.weight", f"{ours}/mlp/gate/kernel", f"{ours}/mlp/up/kernel"),
+        transposed(f"{theirs}mlp.proj.weight", f"{ours}/mlp/out/kernel"),
+    ]
+    if config.qk_bias:
+        rules.append(
+            Rule(
+                f"{theirs}attn.qk_bias",  # (2, 1, h, k)
+                (f"{ours}/attention/query_bias", f"{ours}/attention/key_bias"),
+                lambda x, _: (x[0, 0], x[1, 0]),
+                lambda xs: np.stack(xs)[:, None],
+            )
+        )
+    return rules
+
+
+def _rules(config: HuginnConfig) -> list[Rule]:
+    rules = [
+        same("transformer.wte.weight", "embedding/table"),
+        Rule(  # columns: first those that read the latent state, then those that read the input
+            "transformer.adapter.weight",
+            ("adapter_latent/kernel", "adapter_input/kernel"),
+            lambda x, _: np.split(x.T, 2),
+            lambda xs: np.concatenate(xs).T,
+        ),
+        same("transformer.ln_f.weight", "norm/scale"),
+    ]
+    for theirs, ours, layers in (
+        ("prelude", "prelude", config.prelude_layers),
+        ("core_block", "core", config.core_layers),
+        ("coda", "coda", config.coda_layers),
+    ):
+        rules += _block(theirs, ours, config) if layers else []
+    if config.adapter_bias:
+        rules.append(same("transformer.adapter.bias", "adapter_latent/bias"))
+    if not config.tie_embeddings:
+        rules.append(same("lm_head.weight", "head/table"))
+    return rules
+
+
+SYSTEM = System(
+    name="huginn",
+    read_config=_read_config,
+    write_config=_write_config,
+    rules=_rules,
+    ignored=("freqs_cis",),  # cosines and sines, recomputed
+)

@@ -1,0 +1,31 @@
+"""Losses of language models."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+IGNORED = -100
+"""A label that does not count, as in most published training code."""
+
+
+def token_losses(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Negative log-likelihood of every label.
+
+    Args:
+      logits: (b t vocab), float32.
+      labels: int (b t); the token that follows, or IGNORED.
+
+    Returns:
+      Losses (b t) in nats, 0 where ignored, and bool (b t) where a label counts.
+    """
+    counts = labels != IGNORED
+    target = jnp.where(counts, labels, 0)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(counts, log_total - chosen, 0.0), counts
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean negative log-likelihood over the labels that count, in nats; 0 if none does."""
+    losses, counts = token_losses(logits, labels)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(counts, dtype=losses.dtype), 1)

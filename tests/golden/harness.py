@@ -1,0 +1,75 @@
+"""Golden cases: numbers from the original implementations, found by folder and compared array by array."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from jaxrec import convert
+
+OWN_COPY = Path(__file__).parent / "data"
+LARGEST_RELATIVE_ERROR = 1e-4
+
+
+def cases(system: str) -> list[Path]:
+    """Every case folder of a system under each root of JAXREC_GOLDEN."""
+    roots = (os.environ.get("JAXREC_GOLDEN") or str(OWN_COPY)).split(os.pathsep)
+    found = sorted(
+        folder for root in roots for folder in (Path(root) / system).glob("*/") if folder.is_dir()
+    )
+    assert found, f"no golden case of {system} under {roots}"
+    return found
+
+
+class Case:
+    """One case: configuration, weights through the public converter, and arrays that must all be looked at."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.system = folder.parent.name
+        self.config = json.loads((folder / "config.json").read_text())
+        with np.load(folder / "cases.npz", allow_pickle=False) as arrays:
+            self.arrays = dict(arrays)
+        self.looked_at: set[str] = set()
+        self.gap = _stated_gap((folder / "README.md").read_text())
+
+    def load_model(self):
+        """The case's weights in our model."""
+        return convert.load(self.system, self.folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An input or expected array, which counts as looked at."""
+        self.looked_at.add(name)
+        return self.arrays[name]
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the arrays that begin with a prefix."""
+        return [name for name in self.arrays if name.startswith(prefix)]
+
+    def check(self, name: str, got) -> None:
+        """Compares an expected array; integers exactly, floats within ten stated gaps and 1e-4 of the largest."""
+        expected, got = self[name], np.asarray(got)
+        assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+        if not np.issubdtype(expected.dtype, np.floating):
+            np.testing.assert_array_equal(got, expected, err_msg=name)
+            return
+        error = np.max(np.abs(got - expected))
+        allowed = min(10 * self.gap, LARGEST_RELATIVE_ERROR * np.max(np.abs(expected)))
+        assert error <= allowed, f"{name}: largest error {error:.2e}, allowed {allowed:.2e}"
+
+    def assert_all_looked_at(self, left: tuple[str, ...] = ()) -> None:
+        """Fails when an array was not looked at, unless its name begins with one of `left`."""
+        missed = [n for n in self.arrays if n not in self.looked_at and not n.startswith(left)]
+        assert not missed, f"{self.folder.name}: nobody looked at {missed}"
+
+
+def _stated_gap(readme: str) -> float:
+    """The float32-float64 gap of the original that the case's README states."""
+    match = re.search(r"float32\s*-\s*float64\|[^:]*:\s*([\d.]+e[-+]\d+)", readme)
+    assert match, "the README of the case states no float32-float64 gap"
+    return float(match[1])
