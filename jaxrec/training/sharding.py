@@ -17,6 +17,7 @@ from jaxrec.errors import UserError, nearest
 from jaxrec.layers.axes import LOGICAL_TO_MESH, MESH_AXES, mesh_axes
 
 Tree = Any
+Model = Any  # a flax.nnx module or its state, real or abstract
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -75,7 +76,7 @@ def build_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     )
 
 
-def parameter_shardings(model: nnx.Module | nnx.State, mesh: Mesh) -> Tree:
+def parameter_shardings(model: Model, mesh: Mesh) -> Tree:
     """Returns the sharding of every parameter, keyed like `nnx.to_pure_dict(nnx.state(model))`.
 
     Args:
@@ -107,7 +108,7 @@ def parameter_shardings(model: nnx.Module | nnx.State, mesh: Mesh) -> Tree:
     return _map_variables(place, model)
 
 
-def stacked_axes(model: nnx.Module | nnx.State) -> Tree:
+def stacked_axes(model: Model) -> Tree:
     """Returns the number of leading layer axes of every parameter: its rank less its `axes`."""
 
     def count(_: tuple[Any, ...], variable: nnx.Variable) -> int:
@@ -185,9 +186,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
-def _map_variables(
-    function: Callable[[tuple[Any, ...], nnx.Variable], Any], model: nnx.Module | nnx.State
-) -> Tree:
+def _map_variables(function: Callable[[tuple[Any, ...], nnx.Variable], Any], model: Model) -> Tree:
     """Applies function(path, variable) to all variables; a nested dictionary keyed by attribute."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
     tree: dict[Any, Any] = {}
