@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str] | None]] = {
     "layers": ({"ops"}, NETWORKS),
     "models": ({"ops", "layers"}, NETWORKS),
     "generation": (MODELS, NETWORKS),
-    "training": (MODELS | {"generation"}, None),
+    "training": (MODELS | {"analysis"}, None),
     "convert": (MODELS, None),
     "analysis": (MODELS, None),
     "testing": (MODELS, None),

@@ -133,6 +133,10 @@ class TrainConfig:
     """Checkpoints kept, the newest, >= 1."""
     sample_every: int = 0
     """Steps between two printed samples, >= 0; 0 prints one at the end only."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (extra tensorboard)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra wandb)."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-IGNORED = -100
-"""A label that does not count, as in most published training code."""
+from jaxrec.training.data.batches import IGNORED
 
 
 def token_losses(logits: Array, labels: Array) -> tuple[Array, Array]:

@@ -152,6 +152,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["time"]))
 
 
+def check_batch(batch: int, time: int, mesh: Mesh) -> None:
+    """Checks that a global batch of `batch` sequences of `time` tokens divides over the mesh.
+
+    Raises:
+      UserError: it does not.
+    """
+    for size, axis, word in (
+        (batch, "batch", "sequences per batch"),
+        (time, "time", "tokens per sequence"),
+    ):
+        axes = LOGICAL_TO_MESH[axis]
+        ways = math.prod(mesh.shape[name] for name in axes)
+        if size % ways:
+            raise UserError(
+                f"{size} {word} do not divide by {'*'.join(axes)}={ways} of the mesh."
+                f" Choose a multiple of {ways}, or another mesh."
+            )
+
+
+def host_rows(batch: int) -> slice:
+    """Returns the rows of the global batch that this host makes."""
+    share = batch // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the mesh.
 
@@ -167,18 +192,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     Raises:
       UserError: sequences or tokens do not divide by the mesh.
     """
-    hosts, shape = jax.process_count(), dict(mesh.shape)
-    for size, axis, word in (
-        (next(iter(batch.values())).shape[0] * hosts, "batch", "sequences per batch"),
-        (next(iter(batch.values())).shape[1], "time", "tokens per sequence"),
-    ):
-        axes = LOGICAL_TO_MESH[axis]
-        ways = math.prod(shape[name] for name in axes)
-        if size % ways:
-            raise UserError(
-                f"{size} {word} do not divide by {'*'.join(axes)}={ways} of the mesh."
-                f" Choose a multiple of {ways}, or another mesh."
-            )
+    rows, time = next(iter(batch.values())).shape
+    check_batch(rows * jax.process_count(), time, mesh)
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(array))

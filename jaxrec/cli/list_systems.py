@@ -1,0 +1,73 @@
+"""`jaxrec list`: what the library holds."""
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+from jaxrec import convert, models
+from jaxrec.models.protocol import LanguageModelConfig
+
+EXPERIMENTS = {"huginn": "experiments/huginn", "linear_rnn": "experiments/huginn"}
+GOLDEN = {"huginn": "tests/golden/test_huginn.py"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Show models with their published sizes, parity, conversion and experiment."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def run(arguments: Arguments) -> int:
+    """Prints the list."""
+    import json
+
+    rows = systems()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("configuration", "parameters", "golden", "conversion", "experiment"):
+        table.add_column(column, justify="right" if column == "parameters" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["path"],
+            f"{row['parameters']:,}",
+            row["golden"] or "-",
+            "both ways" if row["conversion"] else "-",
+            row["experiment"] or "-",
+        )
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+def systems() -> list[dict[str, Any]]:
+    """One row for every published size of every model; parameters counted on abstract shapes."""
+    import jax
+    from flax import nnx
+
+    rows = []
+    for module in sorted(info.name for info in pkgutil.iter_modules(models.__path__)):
+        sizes = vars(importlib.import_module(f"jaxrec.models.{module}"))
+        for name, config in sizes.items():
+            if not (dataclasses.is_dataclass(config) and isinstance(config, LanguageModelConfig)):
+                continue
+            if isinstance(config, type):
+                continue
+            abstract = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
+            rows.append(
+                {
+                    "path": f"jaxrec.models.{module}:{name}",
+                    "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+                    "golden": GOLDEN.get(module),
+                    "conversion": module in convert.SYSTEMS,
+                    "experiment": EXPERIMENTS.get(module),
+                }
+            )
+    return rows

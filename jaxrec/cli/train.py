@@ -1,0 +1,193 @@
+"""`jaxrec train MODEL`: trains a language model on text, and ends with what it has learned."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxrec.config import from_dict, load_object
+from jaxrec.errors import UserError
+from jaxrec.training.config import TrainConfig
+
+HELP = """usage: jaxrec train MODEL [options]
+
+MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY; `jaxrec list` shows all.
+Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where a run lies, and how it begins."""
+
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    resume: bool = False
+    """Insist that the run exists. Without it a run is resumed if its folder holds one."""
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """Reads MODEL first, since its type decides which options there are.
+
+    A file given by `--config FILE` (YAML or JSON) holds fields of the training configuration, and of the model under
+    "model"; options override it.
+    """
+    from jaxrec.cli.main import read_arguments
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        raise SystemExit(0)
+    path, *rest = argv
+    if path.startswith("-"):
+        raise UserError(f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}")
+    model = load_object(path)
+    if not dataclasses.is_dataclass(model) or not hasattr(model, "build"):
+        raise UserError(f"{path} is not a model configuration; `jaxrec list` shows them.")
+    config, rest = TrainConfig(), _with_short_data(rest)
+    if "--config" in rest:
+        index = rest.index("--config")
+        if index + 1 == len(rest):
+            raise UserError("--config needs a file, YAML or JSON.")
+        config, model = _read_config(Path(rest[index + 1]), config, model)
+        del rest[index : index + 2]
+    arguments = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("model", type(model), dataclasses.field(default=model)),
+            ("train", Annotated[TrainConfig, tyro.conf.arg(name="")], dataclasses.field(default=config)),
+            ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default=Options())),
+        ],
+        frozen=True,
+    )
+    arguments.__doc__ = f"Train {path}."
+    return path, read_arguments(arguments, rest, f"jaxrec train {path}")
+
+
+def run(parsed: tuple[str, Any]) -> int:
+    """Trains, then prints the table, a sample and what to type next."""
+    from jaxrec.training.loop import train
+
+    path, arguments = parsed
+    outcome = train(
+        path,
+        arguments.model,
+        arguments.train,
+        runs=arguments.options.runs,
+        resume=arguments.options.resume,
+        sample=_sample,
+        stream=sys.stdout,
+    )
+    folder = outcome.run.folder
+    again = f"jaxrec train {path} {_changed(parsed)}".strip()
+    if outcome.stopped_by is not None:
+        print(f"{outcome.stopped_by}: saved step {outcome.step} in {folder}. Go on with:\n  {again}")
+        return 0
+    _conclude(outcome, again)
+    return 0
+
+
+def _conclude(outcome: Any, again: str) -> None:
+    from jaxrec.training.report import plot_curves, write_report
+
+    run, folder = outcome.run, outcome.run.folder
+    report = write_report(outcome)
+    mean = run.model_config.mean_depth
+    print(f"\nValidation bits per byte after {outcome.step} steps ({run.data['source']}):")
+    for depth, bits in report["bits_per_byte"].items():
+        name = "model" if depth == "-" else f"depth {depth}"
+        note = "  <- mean depth in training" if depth == str(mean) else ""
+        print(f"  {name:<20}{bits:7.3f}{note}")
+    for name, bits in report["baselines"].items():
+        print(f"  {name:<20}{bits:7.3f}")
+    sample = _sample(outcome.model, outcome.data.tokenizer)
+    with (folder / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"--- step {outcome.step}\n{sample}\n")
+    print(f"\nSample:\n{sample}\n")
+    picture = plot_curves(folder)
+    print(f"Curves: {picture}" if picture else "No curves: matplotlib is missing (extra notebooks).")
+    deeper = "" if mean is None else f" --depth {2 * mean}"
+    print(
+        f"Generate:  jaxrec generate {shlex.quote(str(folder))} --prompt 'def '{deeper}\n"
+        f"Evaluate:  jaxrec eval {shlex.quote(str(folder))}\n"
+        f"Go on:     {again} --steps {2 * run.config.steps}\n"
+        f"Scale up:  jaxrec train {run.model_path.rpartition(':')[0]}:SMALL --precision bfloat16"
+        " --remat block --mesh data=8"
+    )
+
+
+def _sample(model: Any, tokenizer: Any, tokens: int = 200) -> str:
+    """The beginning of a document as the model would write it."""
+    import jax
+
+    from jaxrec import generation
+
+    key, latent_key = jax.random.split(jax.random.key(0))
+    prompt = [tokenizer.bos] if tokenizer.bos is not None else tokenizer.encode("The ").tolist()
+    (ids,) = generation.complete(
+        model,
+        [prompt],
+        max_new_tokens=min(tokens, model.config.context - len(prompt)),
+        config=generation.SamplingConfig(temperature=0.8),
+        key=key,
+        latent_key=latent_key,
+    )
+    return tokenizer.decode(ids).decode("utf-8", errors="replace")
+
+
+def _changed(parsed: tuple[str, Any]) -> str:
+    """The options that differ from the defaults, as one would type them; --steps is left out."""
+    path, arguments = parsed
+    pairs = _differences(arguments.model, load_object(path), "model.")
+    pairs += _differences(arguments.train, TrainConfig(), "")
+    pairs += _differences(arguments.options, Options(), "")
+    words = []
+    for name, value in pairs:
+        if name == "steps":
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            head, dot, tail = flag.rpartition(".")
+            words.append(flag if value else f"{head}{dot}no-{tail}" if dot else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _differences(config: Any, default: Any, prefix: str) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            pairs += _differences(value, usual, f"{prefix}{field.name}.")
+        elif value != usual:
+            pairs.append((prefix + field.name, value))
+    return pairs
+
+
+def _with_short_data(argv: Sequence[str]) -> list[str]:
+    """`--data X` is what everybody types for --data.source X."""
+    return ["--data.source" + arg[6:] if arg == "--data" or arg.startswith("--data=") else arg for arg in argv]
+
+
+def _read_config(file: Path, config: TrainConfig, model: Any) -> tuple[TrainConfig, Any]:
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: cannot be read ({error}).") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file}: expected fields of the training configuration and 'model'.")
+    changes = content.pop("model", {})
+    known = dataclasses.asdict(model)
+    return from_dict(TrainConfig, content), from_dict(type(model), known | changes, where="model.")

@@ -1,0 +1,123 @@
+"""Loss and bits per byte on validation text, at several depths."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxrec.models.protocol import LanguageModelConfig
+from jaxrec.training import sharding
+from jaxrec.training.config import TrainConfig
+from jaxrec.training.data import Batches, Data, load_data
+from jaxrec.training.runs import load_model
+from jaxrec.training.step import Steps, build_steps
+
+NO_LOOP = "-"
+"""Stands for the depth of a model without a loop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """By depth, as text so that JSON can hold it; NO_LOOP for a model without a loop."""
+
+    loss: dict[str, float]  # mean negative log-likelihood, nats per token
+    bits_per_byte: dict[str, float]  # of the text that the tokens spell
+    tokens: int  # tokens scored
+
+    def __str__(self) -> str:
+        return "  ".join(f"depth {d}: {bits:.3f}" for d, bits in self.bits_per_byte.items())
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    depths: tuple[int, ...] | None = None,
+    source: str | None = None,
+    batches: int | None = None,
+    step: int | None = None,
+    ema: bool = False,
+) -> tuple[Evaluation, int]:
+    """Evaluates a trained model on one device.
+
+    Args:
+      folder: the run.
+      depths: loop counts; see `evaluation_depths` for None.
+      source: other text to evaluate on; the run's if None. The validation side of its split is used.
+      batches: how many batches, spread over the text; all if None.
+      step: which checkpoint; the newest if None.
+      ema: the running average instead of the parameters.
+
+    Returns:
+      The evaluation and the step that was evaluated.
+
+    Raises:
+      UserError: the run, checkpoint or text cannot be read.
+    """
+    model, tokenizer, run, step = load_model(folder, step=step, ema=ema)
+    old = run.config
+    data = load_data(source or old.data.source, tokenizer.name, old.data.valid_fraction)
+    config = dataclasses.replace(old, eval_depths=depths or old.eval_depths)
+    mesh = sharding.build_mesh("data=1")
+    with jax.set_mesh(mesh):
+        steps = build_steps(run.model_config, config, mesh)
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        result = evaluate(steps, params, run.model_config, config, data, mesh, batches=batches)
+    return result, step
+
+
+def evaluation_depths(model_config: LanguageModelConfig, config: TrainConfig) -> tuple[int, ...]:
+    """Depths to evaluate: those configured, or powers of two up to four times the mean; none without a loop."""
+    mean = model_config.mean_depth
+    if mean is None:
+        return ()
+    powers = tuple(2**i for i in range((4 * mean).bit_length()))
+    return config.eval_depths or powers
+
+
+def evaluate(
+    steps: Steps,
+    params: Any,
+    model_config: LanguageModelConfig,
+    config: TrainConfig,
+    data: Data,
+    mesh: Mesh,
+    *,
+    batches: int | None = None,
+) -> Evaluation:
+    """Scores validation windows at every depth; each window begins from an empty context.
+
+        bits per byte = nats per token / ln 2 * tokens per byte of the validation text
+
+    Args:
+      steps: the run's compiled functions.
+      params: parameters, on the mesh.
+      model_config: for the depths.
+      config: sizes and depths.
+      data: whose validation side is read.
+      mesh: where batches go.
+      batches: how many batches of windows, spread evenly over the text; all of it if None.
+    """
+    windows = Batches(
+        data.valid,
+        batch=config.batch,
+        time=config.time,
+        shuffle=False,
+        max_windows=None if batches is None else batches * config.batch,
+    )
+    loss, labels = {}, 0.0
+    for depth in evaluation_depths(model_config, config) or (None,):
+        sums = []
+        for index in range(windows.num_batches):
+            batch = sharding.put_batch(windows(index, sharding.host_rows(config.batch)), mesh)
+            sums.append(steps.evaluate(params, batch, jnp.int32(depth or 0)))
+        nats, labels = (float(total) for total in np.sum(jax.device_get(sums), axis=0))
+        loss[NO_LOOP if depth is None else str(depth)] = nats / labels
+    # The first token of a document is never a label, so it is not counted here either.
+    tokens_per_byte = (len(data.valid.tokens) - len(data.valid.starts)) / data.valid.num_bytes
+    bits = {depth: nats / float(np.log(2)) * tokens_per_byte for depth, nats in loss.items()}
+    return Evaluation(loss, bits, int(labels))

@@ -1,0 +1,78 @@
+"""What a finished run shows: a table against simple compressors, and curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrec.analysis.text_baselines import gzip_bits_per_byte, ngram_bits_per_byte
+from jaxrec.training.loop import Outcome
+from jaxrec.training.metrics import read
+from jaxrec.training.runs import versions
+
+
+def write_report(outcome: Outcome) -> dict[str, Any]:
+    """Writes report.json: bits per byte of the model by depth and of two baselines, on the validation text.
+
+    The baselines see all of it; the model is evaluated on windows spread over it, each from an empty context,
+    which is to the model's disadvantage.
+    """
+    data = outcome.data
+    train_text, valid_text = (data.tokenizer.decode(x.tokens) for x in (data.train, data.valid))
+    report = {
+        "steps": outcome.step,
+        "bits_per_byte": outcome.evaluation.bits_per_byte if outcome.evaluation else {},
+        "baselines": {
+            "gzip -9": gzip_bits_per_byte(valid_text),
+            "order-3 byte model": ngram_bits_per_byte(train_text, valid_text, order=3),
+        },
+        "data": outcome.run.data,
+        "versions": versions(),
+    }
+    (outcome.run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def plot_curves(folder: Path) -> Path | None:
+    """Draws loss over steps and bits per byte over depth into curves.png; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = read(folder / "metrics.jsonl")
+    training = [line for line in lines if line["kind"] == "train"]
+    validation = [line for line in lines if line["kind"] == "valid"]
+    depths = list(validation[-1]["bits_per_byte"]) if validation else []
+    looped = len(depths) > 1
+
+    figure = Figure(figsize=(10 if looped else 5.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if looped else 1, squeeze=False)[0]
+    curve = panels[0]
+    curve.plot(
+        [line["step"] for line in training],
+        [line["bits_per_byte"] for line in training],
+        color="0.6",
+        linewidth=1,
+        label="training",
+    )
+    for depth in depths:
+        curve.plot(
+            [line["step"] for line in validation],
+            [line["bits_per_byte"][depth] for line in validation],
+            marker="o",
+            markersize=3,
+            label=f"validation, depth {depth}" if looped else "validation",
+        )
+    curve.set(xlabel="step", ylabel="bits per byte", title=folder.name)
+    curve.legend(frameon=False, fontsize="small")
+    if looped:
+        panels[1].plot([int(depth) for depth in depths], validation[-1]["bits_per_byte"].values(), marker="o")
+        panels[1].set_xscale("log", base=2)
+        panels[1].set(xlabel="loops of the core", ylabel="bits per byte", title="validation, last step")
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.2)
+    target = folder / "curves.png"
+    figure.savefig(target, dpi=130)
+    return target

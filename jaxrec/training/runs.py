@@ -1,0 +1,183 @@
+"""The folder of a run: what was trained, on what, and how to get the model back.
+
+    runs/<name>/run.json          model path and configuration, training configuration, data provenance, versions
+               /metrics.jsonl     one line per interval
+               /checkpoints/      by step
+               /samples.txt  curves.png  report.json  bad_batch.npz (after a loss that is not finite)
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+import jaxrec
+from jaxrec.config import from_dict, load_object, to_dict
+from jaxrec.errors import UserError
+from jaxrec.models.protocol import LanguageModelConfig
+from jaxrec.training.checkpoint import Checkpoints
+from jaxrec.training.config import TrainConfig
+from jaxrec.training.data import Tokenizer, load_tokenizer
+
+RUN_LAYOUT = 1
+"""Version of run.json; a folder of another version is refused."""
+
+FIXED_ON_RESUME = ("seed", "batch", "time", "accumulate", "precision")
+"""Fields of the training configuration that a resumed run may not change: its numbers would be another run's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What run.json says."""
+
+    folder: Path
+    model_path: str  # such as "jaxrec.models.huginn:TINY", from which the run was launched
+    model_config: LanguageModelConfig
+    config: TrainConfig
+    data: dict[str, Any]  # provenance
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def write(self) -> None:
+        """Writes run.json as a whole or not at all."""
+        kind = type(self.model_config)
+        content = {
+            "layout": RUN_LAYOUT,
+            "model": self.model_path,
+            "model_class": f"{kind.__module__}:{kind.__qualname__}",
+            "model_config": to_dict(self.model_config),
+            "train": to_dict(self.config),
+            "data": self.data,
+            "versions": versions(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, self.folder / "run.json")
+
+
+def read_run(folder: Path) -> Run:
+    """Reads run.json.
+
+    Raises:
+      UserError: the folder is no run, of another layout version, or its configuration is not understood.
+    """
+    file = folder / "run.json"
+    if not file.exists():
+        hint = _runs_beside(folder)
+        raise UserError(f"{folder} is not a run folder: it holds no run.json.{hint}")
+    try:
+        content = json.loads(file.read_text())
+        layout = content["layout"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}). Restore it, or start a new run.") from error
+    if layout != RUN_LAYOUT:
+        raise UserError(
+            f"{folder} has run layout {layout}; this jaxrec reads {RUN_LAYOUT}."
+            f" Use the version it was made with: {content.get('versions', {}).get('jaxrec')}."
+        )
+    try:
+        model_class = load_object(content["model_class"])
+        return Run(
+            folder,
+            content["model"],
+            from_dict(model_class, content["model_config"]),
+            from_dict(TrainConfig, content["train"]),
+            content["data"],
+        )
+    except KeyError as error:
+        raise UserError(f"{file} lacks the field {error}. Restore it, or start a new run.") from error
+
+
+def check_same_run(old: Run, new: Run) -> None:
+    """Refuses to go on in a folder that holds another run.
+
+    Raises:
+      UserError: model, data or a field of FIXED_ON_RESUME differ; the message names what.
+    """
+    advice = "Choose another --name, or repeat the options of the run that is there."
+    if type(old.model_config) is not type(new.model_config) or old.model_config != new.model_config:
+        raise UserError(
+            f"{old.folder} holds a run of another model, {old.model_path}"
+            f"{_first_difference(old.model_config, new.model_config)}. {advice}"
+        )
+    pairs = [(name, getattr(old.config, name), getattr(new.config, name)) for name in FIXED_ON_RESUME]
+    optimizers = (to_dict(old.config.optimizer), to_dict(new.config.optimizer))
+    pairs += [(f"optimizer.{name}", value, optimizers[1][name]) for name, value in optimizers[0].items()]
+    pairs += [(f"data {name}", old.data.get(name), new.data.get(name)) for name in ("sha256", "tokenizer")]
+    for name, there, here in pairs:
+        if there != here:
+            raise UserError(f"{old.folder} holds a run with {name} {there}; this one has {here}. {advice}")
+
+
+class Loaded(NamedTuple):
+    """A trained model and what belongs to it."""
+
+    model: Any
+    tokenizer: Tokenizer
+    run: Run
+    step: int  # updates made
+
+
+def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> Loaded:
+    """Loads a trained model for use on one device.
+
+    Args:
+      folder: the run.
+      step: which checkpoint; the newest if None.
+      ema: the running average instead of the parameters.
+
+    Returns:
+      The model, its tokenizer, what run.json says, and the step; unpacks as a tuple.
+
+    Raises:
+      UserError: the folder is no run or holds no such checkpoint, or the checkpoint is damaged.
+    """
+    run = read_run(folder)
+    tokenizer = load_tokenizer(run.data["tokenizer"])
+    graph, variables = nnx.split(nnx.eval_shape(lambda: run.model_config.build(rngs=nnx.Rngs(0))))
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(variables)
+    )
+    with Checkpoints(run.checkpoints, keep=None, read_only=True) as checkpoints:
+        there = checkpoints.steps()
+        if not there:
+            raise UserError(f"{run.folder} has no checkpoint yet. Train it first: jaxrec train.")
+        step = there[-1] if step is None else step
+        if step not in there:
+            raise UserError(f"{run.folder} has no checkpoint of step {step}. It has: {there}.")
+        params = checkpoints.restore_params(step, abstract, average=ema)
+    return Loaded(nnx.merge(graph, params), tokenizer, run, step)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: recorded with every result."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "jaxrec": jaxrec.__version__, **found}
+
+
+def _first_difference(old: Any, new: Any) -> str:
+    if type(old) is not type(new):
+        return ""
+    old, new = to_dict(old), to_dict(new)
+    name = next(name for name in old if old[name] != new[name])
+    return f" with {name} {old[name]}; this one has {new[name]}"
+
+
+def _runs_beside(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return " `jaxrec train` makes one under runs/."
+    names = sorted(other.parent.name for other in folder.parent.glob("*/run.json"))
+    return f" In {folder.parent} there are: {', '.join(names)}." if names else ""

@@ -1,0 +1,187 @@
+"""The functions of a training run that are compiled: initialise, update, evaluate.
+
+State is a dictionary of plain pytrees: params, opt_state, ema (or None), step, and healthy. The model's graph is split
+off once, outside, which keeps the host's work per step small.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
+from jaxrec.training import optim, sharding
+from jaxrec.training.config import TrainConfig
+from jaxrec.training.losses import token_losses
+
+State = dict[str, Any]
+Batch = dict[str, Array]
+
+
+class Steps(NamedTuple):
+    """One run's compiled functions; call them inside `jax.set_mesh(mesh)`."""
+
+    init: Callable[[], State]  # the state before the first update
+    train: Callable[..., tuple[State, dict[str, Array]]]  # (state, batch, depth); consumes the state
+    evaluate: Callable[..., tuple[Array, Array]]  # (params, batch, depth) -> summed nats, labels counted
+    loss: Callable[..., Array]  # (params, batch, depth, key): what `train` differentiates, not compiled
+    abstract: State  # shapes, dtypes and shardings of the state
+    merge: Callable[[Any], Any]  # params -> model
+
+
+def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Mesh) -> Steps:
+    """Prepares a run; nothing is computed or allocated before the first call.
+
+    Raises:
+      UserError: a parameter does not divide over the mesh.
+    """
+    abstract_model = nnx.eval_shape(lambda: model_config.build(rngs=nnx.Rngs(0)))
+    graph, variables = nnx.split(abstract_model)
+    matrices = is_matrix(abstract_model)
+    optimizer = optim.build(
+        config.optimizer,
+        config.steps,
+        nnx.to_pure_dict(variables),
+        sharding.stacked_axes(abstract_model),
+    )
+    rate = optim.schedule(config.optimizer, config.steps)
+    compute_dtype = jnp.dtype(config.precision)
+
+    def merge(params: Any) -> Any:
+        return nnx.merge(graph, params)
+
+    def init() -> State:
+        model = model_config.build(rngs=nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        return {
+            "params": params,
+            "opt_state": optimizer.init(params),
+            "ema": None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, params),
+            "step": jnp.zeros((), jnp.int32),
+            "healthy": jnp.ones((), jnp.bool_),
+        }
+
+    def logits(params: Any, batch: Batch, depth: Array, key: Array) -> Array:
+        model = merge(cast_matrices(params, matrices, compute_dtype))
+        inputs = loop_inputs(model_config, depth, key)
+        return model(
+            batch["inputs"], segment_ids=batch["segment_ids"], remat=config.remat, **inputs
+        )[0]
+
+    def summed_loss(params: Any, batch: Batch, depth: Array, key: Array) -> tuple[Array, Array]:
+        losses, counts = token_losses(logits(params, batch, depth, key), batch["labels"])
+        return jnp.sum(losses), jnp.sum(counts, dtype=losses.dtype)
+
+    def loss(params: Any, batch: Batch, depth: Array, key: Array) -> Array:
+        total, count = summed_loss(params, batch, depth, key)
+        return total / jnp.maximum(count, 1)
+
+    def gradient(params: Any, batch: Batch, depth: Array, key: Array) -> tuple[Any, Array, Array]:
+        """Gradient of the mean loss, the mean loss, and the number of labels, over all microbatches."""
+        summed = jax.value_and_grad(summed_loss, has_aux=True)
+
+        def one(micro: Batch, key: Array) -> tuple[Any, Array, Array]:
+            (total, count), grads = summed(params, micro, depth, key)
+            return grads, total, count
+
+        if config.accumulate == 1:
+            sums = one(batch, key)
+        else:
+
+            def add(sums: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, one(*inputs)), None
+
+            micro = jax.tree.map(lambda x: _microbatches(x, config.accumulate), batch)
+            keys = jax.random.split(key, config.accumulate)
+            start = jax.tree.map(
+                jnp.zeros_like, (params, jnp.zeros(()), jnp.zeros(()))
+            )
+            sums, _ = jax.lax.scan(add, start, (micro, keys))
+        grads, total, count = sums
+        labels = jnp.maximum(count, 1)
+        return jax.tree.map(lambda g: g / labels, grads), total / labels, count
+
+    def train(state: State, batch: Batch, depth: Array) -> tuple[State, dict[str, Array]]:
+        params, step = state["params"], state["step"]
+        grads, mean_loss, count = gradient(params, batch, depth, step_key(config.seed, step))
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        new_params = optax.apply_updates(params, updates)
+        ema = state["ema"]
+        if ema is not None:
+            ema = optim.ema_update(ema, new_params, config.optimizer.ema_decay)
+        healthy = state["healthy"] & jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
+        new = {
+            "params": new_params,
+            "opt_state": opt_state,
+            "ema": ema,
+            "step": step + 1,
+            "healthy": jnp.ones((), jnp.bool_),
+        }
+        # After a loss or gradient that is not finite the state stays as it was before, for good: the loop, which
+        # looks at the metrics one step late, still finds the parameters that the bad batch met.
+        new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state | {"healthy": ~healthy})
+        new["healthy"] = healthy
+        metrics = {
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(params),
+            "learning_rate": rate(step),
+            "healthy": healthy,
+        }
+        return new, metrics
+
+    def evaluate(params: Any, batch: Batch, depth: Array) -> tuple[Array, Array]:
+        return summed_loss(params, batch, depth, jax.random.key(config.seed))
+
+    shapes = jax.eval_shape(init)
+    places = sharding.state_shardings(shapes, sharding.parameter_shardings(abstract_model, mesh), mesh)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Steps(
+        init=jax.jit(init, out_shardings=places),
+        train=jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        loss=loss,
+        abstract=abstract,
+        merge=merge,
+    )
+
+
+def step_key(seed: int, step: Array | int) -> Array:
+    """The random key of one step: all of a step's randomness inside the compiled program comes from it."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def is_matrix(model: nnx.Module) -> Any:
+    """A boolean per parameter, keyed as its pure dictionary: True for two or more named axes."""
+    state = nnx.state(model)
+    return nnx.to_pure_dict(
+        jax.tree.map(
+            lambda variable: variable.replace(len(variable.get_metadata("axes")) >= 2),
+            state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+    )
+
+
+def cast_matrices(params: Any, matrices: Any, dtype: jnp.dtype) -> Any:
+    """Parameters with matrices in `dtype`, whose products dominate time and memory.
+
+    Vectors, which are norm scales, biases and decays, stay float32: they cost nothing, and a decay near 1 has no
+    digits left in bfloat16.
+    """
+    return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, matrices)
+
+
+def _microbatches(x: Array, count: int) -> Array:
+    """(b ...) to (count b/count ...), every count-th row each, so that a device's rows stay on it."""
+    rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return jnp.swapaxes(rows, 0, 1)
