@@ -37,5 +37,5 @@ def causal_conv(
         cut = cut | resets[:, begin : begin + time]
     window = inputs[:, time:].astype(state.dtype)
     # The input at distance `lag` from the end is lost to the future if a reset came after it.
-    forgotten = jnp.stack(lost[: width - 1][::-1], axis=1)
+    forgotten = jnp.stack(lost[::-1], axis=1)[:, 1:]
     return y, jnp.where(forgotten[..., None], 0, window)
