@@ -166,7 +166,7 @@ def _blocked(q: Array, k: Array, v: Array, view: View) -> Array:
         mask = jnp.tril(jnp.ones((time, source), jnp.bool_))[None]
     bias = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
     # Heads before time, so that each product is a plain matrix product per head.
-    q = (q * q.shape[-1] ** -0.5).reshape(batch, time, groups, heads // groups, width)
+    q = q.reshape(batch, time, groups, heads // groups, width)
     q, k, v = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     # Only where nothing was cached before (t = s) do positions in q and k agree.
     blocks = BLOCKS if time == source and time >= 16 * BLOCKS else 1
@@ -180,7 +180,7 @@ def _blocked(q: Array, k: Array, v: Array, view: View) -> Array:
             k[:, :, :seen],
             preferred_element_type=jnp.float32,
         )
-        scores = scores + bias[..., begin:end, :seen]
+        scores = scores * width**-0.5 + bias[..., begin:end, :seen]
         weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         y = jnp.einsum(
             "bghts,bgsk->bghtk",
