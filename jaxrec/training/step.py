@@ -109,7 +109,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
     def train(state: State, batch: Batch, depth: Array) -> tuple[State, dict[str, Array]]:
         params, step = state["params"], state["step"]
         grads, mean_loss, count = gradient(params, batch, depth, step_key(config.seed, step))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         new_params = optax.apply_updates(params, updates)
         ema = state["ema"]
@@ -130,7 +130,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         metrics = {
             "loss": mean_loss,
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
+            "param_norm": optax.tree.norm(params),
             "learning_rate": rate(step),
             "healthy": healthy,
         }

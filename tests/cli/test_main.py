@@ -1,0 +1,191 @@
+"""What a user meets at the command line: one line and status 2 for anything wrong, and nothing lost."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxrec.cli.main import COMMANDS, main
+from jaxrec.models import huginn, linear_rnn
+from jaxrec.training.loop import train
+from tests.training.small import HUGINN, LINEAR_RNN, model_options, run_config, write_text
+
+MODEL = "jaxrec.models.linear_rnn:TINY"
+SIZES = ["--batch", "8", "--time", "16", "--eval-batches", "1", "--eval-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """The folder of a finished run of the looped model."""
+    runs = tmp_path_factory.mktemp("runs")
+    train("jaxrec.models.huginn:TINY", HUGINN, run_config(text, steps=2), runs=runs)
+    return runs / "run"
+
+
+def refused(capsys, *argv) -> str:
+    """Runs a command that must fail; returns its one line."""
+    assert main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("jaxrec: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["trian"], "Did you mean train?"),
+        (["train", "jaxrec.models.hugin:TINY"], "Did you mean jaxrec.models.huginn?"),
+        (["train", "jaxrec.models.huginn:TINNY"], "Did you mean TINY?"),
+        (["train", "jaxrec.models.huginn"], "package.module:NAME"),
+        (["train", MODEL, "--model.widht", "16"], "--model.width"),
+        (["train", MODEL, "--model.width", "wide"], "wide"),
+        (["train", MODEL, "--stesp", "3"], "--steps"),
+        (["train", MODEL, "--steps", "0"], "steps must be at least 1; got 0"),
+        (["train", MODEL, "--model.heads", "5"], "multiple of heads"),
+        (["train", MODEL, "--batch", "9", "--accumulate", "2"], "batch is 9"),
+        (["train", MODEL, "--optimizer.name", "sgd"], "adamw"),
+        (["train", "--steps", "3"], "MODEL comes first"),
+        (["generate"], "run"),
+        (["generate", "no/such/run"], "no run.json"),
+        (["eval", "no/such/run"], "no run.json"),
+        (["eval", "no/such/run", "--depths", "1,x"], "loop counts"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_one(capsys, argv, says):
+    assert says in refused(capsys, *argv)
+
+
+def test_data_that_cannot_be_used(capsys, tmp_path):
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("a few words")
+    start = ["train", MODEL, *SIZES, "--runs", tmp_path / "runs"]
+    assert "empty" in refused(capsys, *start, "--data", empty)
+    assert "tokens" in refused(capsys, *start, "--data", short)
+    assert "missing.txt" in refused(capsys, *start, "--data", tmp_path / "missing.txt")
+    assert "Did you mean python-docs?" in refused(capsys, *start, "--data", "python-dosc")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_that_do_not_fit_each_other(capsys, text, tmp_path):
+    start = ["train", MODEL, *SIZES, "--data", text, "--runs", tmp_path / "runs"]
+    assert "needs 16 devices and there are 8" in refused(capsys, *start, "--mesh", "data=16")
+    assert "Did you mean model?" in refused(capsys, *start, "--mesh", "modle=2")
+    assert "do not divide by" in refused(capsys, *start, "--batch", "4", "--mesh", "data=8")
+    assert "mlp" in refused(capsys, *start, "--mesh", "model=8", "--model.mlp-width", "100")
+    assert "context 1024" in refused(capsys, *start, "--time", "2048")
+    assert "257 tokens, the model 100" in refused(capsys, *start, "--model.vocab-size", "100")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(capsys, text, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"word{i}": i for i in range(300)} | {"[UNK]": 300}
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))
+    says = refused(
+        capsys, "train", MODEL, *SIZES, "--data", text, "--data.tokenizer", file, "--runs", tmp_path
+    )
+    assert "301 tokens, the model 272" in says
+
+
+def test_generate_refuses_what_cannot_be(capsys, trained):
+    assert "context" in refused(capsys, "generate", trained, "--prompt", "x" * 100)
+    assert "context" in refused(capsys, "generate", trained, "--prompt", "x", "--tokens", "1000")
+    assert "depth" in refused(capsys, "generate", trained, "--prompt", "x", "--depth", "0")
+    assert "no checkpoint of step 7" in refused(capsys, "generate", trained, "--step", "7")
+    assert "temperature" in refused(capsys, "generate", trained, "--temperature", "-1")
+
+
+def test_a_run_of_another_layout_version(capsys, trained, tmp_path):
+    note = json.loads((trained / "run.json").read_text())
+    for layout in (99, None):
+        other = tmp_path / str(layout)
+        other.mkdir()
+        (other / "run.json").write_text(json.dumps(note | {"layout": layout}))
+        assert f"run layout {layout}" in refused(capsys, "eval", other)
+    (tmp_path / "run.json").write_text('{"layout": 1, "mod')
+    assert "damaged" in refused(capsys, "eval", tmp_path)
+
+
+def test_a_damaged_checkpoint(capsys, text, tmp_path):
+    argv = ["train", MODEL, *SIZES, "--data", text, "--runs", tmp_path, "--name", "run"]
+    argv += ["--steps", "2", *model_options(LINEAR_RNN, linear_rnn.TINY)]
+    assert main([str(word) for word in argv]) == 0
+    capsys.readouterr()
+    arrays = sorted((tmp_path / "run" / "checkpoints" / "2" / "params").rglob("*"))
+    largest = max((file for file in arrays if file.is_file()), key=lambda file: file.stat().st_size)
+    whole = largest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(flipped)):
+        largest.write_bytes(damaged)
+        assert "checkpoints" in refused(capsys, "generate", tmp_path / "run", "--prompt", "a")
+        assert "checkpoints" in refused(capsys, *argv)
+    largest.write_bytes(whole)
+    assert main(["eval", str(tmp_path / "run"), "--batches", "1"]) == 0
+
+
+def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
+    tokens = tmp_path / "tokens"
+    assert main(["data", str(text), str(tokens), "--valid-fraction", "0.2"]) == 0
+    argv = ["train", "jaxrec.models.huginn:TINY", *SIZES, "--data", tokens, "--runs", tmp_path]
+    argv += ["--name", "run", "--steps", "2", *model_options(HUGINN, huginn.TINY)]
+    assert main([str(word) for word in argv]) == 0
+    said = capsys.readouterr().out
+    for line in ("depth 1 ", "depth 8 ", "gzip -9", "order-3", "mean depth in training", "jaxrec generate"):
+        assert line in said
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
+    assert main(["eval", str(tmp_path / "run"), "--depths", "1,2", "--json", "--batches", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["bits_per_byte"]) == {"1", "2"}
+    generate = ["generate", str(tmp_path / "run"), "--prompt", "def", "--tokens", "5", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        assert main(generate) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def")
+
+
+def test_a_configuration_file(capsys, text, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"steps: 2\nbatch: 8\ntime: 16\neval_batches: 1\nname: filed\ndata:\n  source: {text}\n"
+        "optimizer:\n  learning_rate: 1e-3\nmodel:\n  width: 16\n  layers: 1\n  recurrent_width: 16\n"
+    )
+    argv = ["train", MODEL, "--config", str(file), "--runs", str(tmp_path), "--steps", "1"]
+    assert main(argv) == 0
+    note = json.loads((tmp_path / "filed" / "run.json").read_text())
+    assert note["train"]["steps"] == 1
+    assert note["model_config"]["layers"] == 1
+    file.write_text("stepss: 2\n")
+    assert "Did you mean steps?" in refused(capsys, *argv)
+    file.write_text("model:\n  widht: 2\n")
+    assert "Did you mean width?" in refused(capsys, *argv)
+
+
+def test_list_names_every_model(capsys):
+    assert main(["list", "--json"]) == 0
+    rows = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
+    assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] > 0
+    assert main(["list"]) == 0
+    assert "jaxrec.models.huginn:TINY" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_is_quick(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+    code = "import sys; import jaxrec.cli.main as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
