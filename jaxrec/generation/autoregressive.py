@@ -1,0 +1,282 @@
+"""Text one token at a time from a cached model.
+
+The prompts go through the model in one call, then one compiled step feeds each drawn token back.
+Rows never see each other: every draw belongs to (key, row, step) and every initial latent state to
+(key, row, position), whatever else is in the batch.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrec.errors import UserError
+from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
+from jaxrec.models.protocol import LanguageModel, loop_inputs
+
+STOPPED = -1
+"""What a row gives instead of a token once it has stopped."""
+
+# Prompts and caches are made a multiple of this, so that nearby lengths share one compiled program.
+_BLOCK = 64
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    config: SamplingConfig | None = None,
+    key: Array | None = None,
+    depth: int | None = None,
+    latent_key: Array | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> Iterator[np.ndarray]:
+    """Continues prompts; yields the next token of every row as soon as it is known.
+
+    Args:
+      model: a language model; its weights are arguments of the compiled step, not constants in it.
+      prompts: token ids of each row, of any lengths >= 1.
+      max_new_tokens: number of tokens after the prompt, >= 1.
+      config: how tokens are drawn; `SamplingConfig()` if None.
+      key: randomness of the draws; not needed at temperature 0.
+      depth: loops of a looped model, the trained mean if None; None for other models.
+      latent_key: randomness of a looped model's initial latent state; None begins at zero.
+      stop_tokens: a row ends before any of these.
+
+    Yields:
+      int32 (b), `STOPPED` for rows that have ended. Ends when all have, or after max_new_tokens.
+
+    Raises:
+      UserError: a prompt is empty, has unknown tokens or does not fit into the context with what
+        shall follow, or a count is below one. Raised by the call, not by the first `next`.
+    """
+    config = config or SamplingConfig()
+    _check(model, prompts, max_new_tokens, depth)
+    if key is None and not config.is_greedy:
+        raise UserError(
+            f"generate: drawing at temperature {config.temperature:g} needs a key."
+            " Pass key=jax.random.key(seed), or temperature 0."
+        )
+    if model.config.mean_depth is not None and depth is None:
+        depth = model.config.mean_depth
+    rows = len(prompts)
+    # A model whose loop begins at a fixed state has no `init_latent`.
+    is_latent_drawn = latent_key is not None and hasattr(model, "init_latent")
+    settings = _Settings(
+        sampling=Sampling.of(config),
+        depth=None if depth is None else jnp.asarray(depth, jnp.int32),
+        keys=None if config.is_greedy else _fold_in_each(key, rows),
+        latent_keys=_fold_in_each(latent_key, rows) if is_latent_drawn else None,
+    )
+    return _run(model, prompts, max_new_tokens, settings, depth, frozenset(stop_tokens))
+
+
+def complete(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    config: SamplingConfig | None = None,
+    key: Array | None = None,
+    depth: int | None = None,
+    latent_key: Array | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> list[list[int]]:
+    """All new tokens of every row at once; arguments and errors as for `generate`."""
+    steps = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        config=config,
+        key=key,
+        depth=depth,
+        latent_key=latent_key,
+        stop_tokens=stop_tokens,
+    )
+    rows = np.stack(list(steps), axis=1)
+    return [row[row != STOPPED].tolist() for row in rows]
+
+
+class _Settings(NamedTuple):
+    """What stays the same from step to step; None for what is not used."""
+
+    sampling: Sampling
+    depth: Array | None  # int32 ()
+    keys: Array | None  # (b) PRNG keys of the draws
+    latent_keys: Array | None  # (b) PRNG keys of the initial latent states
+
+
+class _Carry(NamedTuple):
+    """What a step hands to the next; its buffers are reused in place."""
+
+    state: Any  # of the model
+    position: Array  # int32 (b): tokens of each row that the model has seen
+    step: Array  # int32 (): tokens drawn
+    present: Array | None  # bool (b vocab): tokens of the text, kept for a repetition penalty only
+
+
+def _run(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    settings: _Settings,
+    depth: int | None,
+    stop_tokens: frozenset[int],
+) -> Iterator[np.ndarray]:
+    # A flat list of weights costs the host far less per call than a module does.
+    weights, structure = jax.tree.flatten(model)
+    tokens, lengths = _pad(prompts)
+    present = None
+    if settings.sampling.repetition_penalty is not None:
+        present = np.zeros((len(prompts), model.config.vocab_size), np.bool_)
+        for row, prompt in enumerate(prompts):
+            present[row, list(prompt)] = True
+    capacity = _round_up(tokens.shape[1] + max_new_tokens)
+    token, carry = _prefill(structure, capacity, depth, weights, settings, tokens, lengths, present)
+    running = np.ones(len(prompts), np.bool_)
+    for index in range(max_new_tokens):
+        shown = token
+        if index + 1 < max_new_tokens:
+            # The next step is under way before this one is looked at.
+            token, carry = _decode(structure, weights, settings, carry, token)
+        step = np.array(shown)
+        if stop_tokens:
+            running &= ~np.isin(step, list(stop_tokens))
+            step[~running] = STOPPED
+        yield step
+        if not running.any():
+            return
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(
+    structure: Any,
+    capacity: int,
+    max_depth: int | None,
+    weights: list[Array],
+    settings: _Settings,
+    tokens: Array,
+    lengths: Array,
+    present: Array | None,
+) -> tuple[Array, _Carry]:
+    """Runs left-padded prompts (b t) and draws the first token of each row, int32 (b)."""
+    model = jax.tree.unflatten(structure, weights)
+    batch, time = tokens.shape
+    index = jax.lax.broadcasted_iota(jnp.int32, (batch, time), 1)
+    position = index - (time - lengths[:, None])
+    state = model.init_state(batch, capacity=capacity, depth=max_depth)
+    logits, state = model(
+        tokens,
+        state,
+        segment_ids=(position >= 0).astype(jnp.int32),
+        **_loop(model, settings, jnp.maximum(position, 0)),
+    )
+    start = _Carry(state, lengths, jnp.zeros((), jnp.int32), present)
+    return _draw(logits[:, -1], settings, start)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(
+    structure: Any, weights: list[Array], settings: _Settings, carry: _Carry, token: Array
+) -> tuple[Array, _Carry]:
+    """Feeds the drawn tokens (b) back and draws the next ones, int32 (b)."""
+    model = jax.tree.unflatten(structure, weights)
+    logits, state = model(
+        token[:, None], carry.state, **_loop(model, settings, carry.position[:, None])
+    )
+    carry = carry._replace(state=state, position=carry.position + 1)
+    return _draw(logits[:, 0], settings, carry)
+
+
+def _draw(logits: Array, settings: _Settings, carry: _Carry) -> tuple[Array, _Carry]:
+    keys = settings.keys
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, carry.step)
+    token = draw(logits, settings.sampling, keys, carry.present)
+    present = carry.present
+    if present is not None:
+        present = present.at[jnp.arange(len(token)), token].set(True)
+    return token, carry._replace(step=carry.step + 1, present=present)
+
+
+def _loop(model: LanguageModel, settings: _Settings, position: Array) -> dict[str, Any]:
+    """The loop inputs of a model for the tokens at positions (b t) of their rows."""
+    inputs = loop_inputs(model.config, settings.depth, None)
+    if settings.latent_keys is not None:
+        # One key per token: what a token begins from does not depend on padding or on other rows.
+        token_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(
+            settings.latent_keys, position
+        )
+        looped: Any = model
+        inputs["latent"] = jax.vmap(jax.vmap(lambda key: looped.init_latent(key, 1, 1)[0, 0]))(
+            token_keys
+        )
+    return inputs
+
+
+def _fold_in_each(key: Any, rows: int) -> Array:
+    """One key per row, (b), the same for a row whatever the number of rows."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows, dtype=jnp.uint32))
+
+
+def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts aligned at their ends: int32 (b t) with zeros before them, and their lengths (b)."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), _round_up(int(lengths.max()))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, -len(prompt) :] = prompt
+    return tokens, lengths
+
+
+def _round_up(count: int) -> int:
+    return -(-count // _BLOCK) * _BLOCK
+
+
+def _check(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, depth: int | None
+) -> None:
+    config = model.config
+    if max_new_tokens < 1:
+        raise UserError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}.")
+    if len(prompts) == 0:
+        raise UserError("generate: there is no prompt. Give at least one.")
+    if depth is not None and config.mean_depth is None:
+        raise UserError(
+            f"generate: depth is {depth}, but {type(model).__name__} has no loop. Leave depth out."
+        )
+    if depth is not None and depth < 1:
+        raise UserError(
+            f"generate: depth must be >= 1, got {depth}."
+            f" The model was trained around {config.mean_depth}."
+        )
+    for row, prompt in enumerate(prompts):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
+        if len(prompt) == 0:
+            raise UserError(
+                f"generate: {name} has no tokens. Give some text, or begin with the tokenizer's"
+                " begin-of-document token."
+            )
+        ids = np.asarray(prompt)
+        unknown = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if len(unknown):
+            raise UserError(
+                f"generate: {name} has the token {unknown[0]}, but the model knows 0 to"
+                f" {config.vocab_size - 1}. Use the tokenizer that it was trained with."
+            )
+        if len(prompt) >= config.context:
+            raise UserError(
+                f"generate: {name} has {len(prompt)} tokens and is longer than the context:"
+                f" the model's is {config.context} tokens, prompt and continuation together."
+                f" Shorten it to at most {config.context - 1}."
+            )
+        if len(prompt) + max_new_tokens > config.context:
+            raise UserError(
+                f"generate: {name} with {len(prompt)} tokens and {max_new_tokens} new ones is"
+                f" longer than the context of {config.context} tokens. Ask for at most"
+                f" {config.context - len(prompt)} new tokens, or shorten the prompt."
+            )
