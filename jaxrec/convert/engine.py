@@ -53,12 +53,13 @@ def same(source: str, target: str) -> Rule:
 
 def transposed(source: str, target: str) -> Rule:
     """A linear map stored (out, in), kept (in, out...): transposed, and the outputs folded as the parameter's."""
-    return Rule(
-        source,
-        (target,),
-        lambda x, shapes: (x.T.reshape(shapes[0]),),
-        lambda xs: xs[0].reshape(xs[0].shape[0], -1).T,
-    )
+
+    def fold(x: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarray]:
+        if x.shape[1:] != shapes[0][:1]:  # a reshape alone would take any shape of this size
+            raise ValueError(f"{x.shape} is not (out, {shapes[0][0]})")
+        return (x.T.reshape(shapes[0]),)
+
+    return Rule(source, (target,), fold, lambda xs: xs[0].reshape(xs[0].shape[0], -1).T)
 
 
 def load(system: str, directory: str | Path) -> Any:
