@@ -1,1 +1,17 @@
-"""Training: data, optimisation, checkpoints and the loop."""
+"""Training: data, optimizers, sharding, checkpoints, and the loop that ties them together."""
+
+import importlib
+from typing import Any
+
+from jaxrec.training.config import DataConfig, OptimizerConfig, TrainConfig
+
+_LATER = {"train": "loop", "evaluate_run": "evaluation", "load_model": "runs", "read_run": "runs"}
+
+__all__ = ["DataConfig", "OptimizerConfig", "TrainConfig", *_LATER]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: they need orbax and rich, and a second that `--help` should not cost.
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

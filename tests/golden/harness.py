@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrec import convert
+from jaxrec.testing import assert_close
 
 OWN_COPY = Path(__file__).parent / "data"
 LARGEST_RELATIVE_ERROR = 1e-4
@@ -54,13 +55,11 @@ class Case:
     def check(self, name: str, got) -> None:
         """Compares an expected array; integers exactly, floats within ten stated gaps and 1e-4 of the largest."""
         expected, got = self[name], np.asarray(got)
-        assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
         if not np.issubdtype(expected.dtype, np.floating):
             np.testing.assert_array_equal(got, expected, err_msg=name)
             return
-        error = np.max(np.abs(got - expected))
         allowed = min(10 * self.gap, LARGEST_RELATIVE_ERROR * np.max(np.abs(expected)))
-        assert error <= allowed, f"{name}: largest error {error:.2e}, allowed {allowed:.2e}"
+        assert_close(got, expected, atol=allowed, name=name)
 
     def assert_all_looked_at(self, left: tuple[str, ...] = ()) -> None:
         """Fails when an array was not looked at, unless its name begins with one of `left`."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec import convert
+from jaxrec import convert, generation
 from jaxrec.convert.engine import find, to_tensors
 from jaxrec.ops import attention
 from jaxrec.training.losses import cross_entropy
