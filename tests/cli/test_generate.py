@@ -1,7 +1,9 @@
+import functools
 import json
 import sys
 import types
 
+import jax
 import pytest
 import tyro
 from flax import nnx
@@ -26,14 +28,18 @@ CONFIG = HuginnConfig(
 asked = []
 
 
+@functools.cache
+def model():
+    return jax.jit(lambda: CONFIG.build(rngs=nnx.Rngs(0)))()
+
+
 @pytest.fixture(autouse=True)
 def run_folder(monkeypatch):
     """Any folder holds one small model of bytes."""
-    model = CONFIG.build(rngs=nnx.Rngs(0))
 
     def load_model(folder, *, step=None, ema=False):
         asked.append((str(folder), step, ema))
-        return model, ByteTokenizer(), None, 7 if step is None else step
+        return model(), ByteTokenizer(), None, 7 if step is None else step
 
     runs = types.ModuleType("jaxrec.training.runs")
     runs.load_model = load_model
@@ -65,7 +71,7 @@ def test_several_prompts_are_printed_each_with_its_text(capsys):
 def test_json_has_one_object_per_prompt(capsys, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("né", encoding="utf-8")
-    jaxrec_generate("--json", "--prompt", "one", "--prompt-file", str(file), "--depth", "1")
+    jaxrec_generate("--json", "--prompt", "one", "--prompt-file", str(file), "--depth", "2")
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["prompt"] for record in records] == ["one", "né"]
     for record in records:

@@ -46,7 +46,7 @@ class PairDecoder:
 @functools.cache
 def texts():
     """What is drawn without any stop."""
-    model = CONFIG.build(rngs=nnx.Rngs(0))
+    model = jax.jit(lambda: CONFIG.build(rngs=nnx.Rngs(0)))()
     rows = complete(model, PROMPTS, **SETTINGS)
     return model, ["".join(LETTERS[token] for token in row) for row in rows]
 
