@@ -5,15 +5,18 @@ from typing import Any
 import numpy as np
 
 
-def assert_close(got: Any, expected: Any, *, atol: float = 0.0, rtol: float = 0.0, name: str = "array") -> None:
+def assert_close(
+    got: Any, expected: Any, *, atol: float = 0.0, rtol: float = 0.0, name: str = "array"
+) -> None:
     """Asserts |got - expected| <= atol + rtol * max|expected| for every element.
 
-    The relative part refers to the largest expected element: rounding in a sum is relative to its terms, so an
-    element that happens to cancel is as uncertain as its neighbours.
+    The relative part refers to the largest expected element: rounding in a sum is relative to its
+    terms, so an element that happens to cancel is as uncertain as its neighbours.
 
     Raises:
-      AssertionError: shapes differ, something is not finite, or an element is too far off; the message gives the
-        worst pair, its index, how many are too far off, and the relative L2 distance.
+      AssertionError: shapes differ, something is not finite, or an element is too far off; the
+        message gives the worst pair, its index, how many are too far off, and the relative L2
+        distance.
     """
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
@@ -21,7 +24,9 @@ def assert_close(got: Any, expected: Any, *, atol: float = 0.0, rtol: float = 0.
         return
     wide = np.result_type(got.dtype, expected.dtype, np.float64)
     got, expected = got.astype(wide), expected.astype(wide)
-    assert np.isfinite(got).all(), f"{name}: {np.sum(~np.isfinite(got))} of {got.size} are not finite"
+    assert np.isfinite(got).all(), (
+        f"{name}: {np.sum(~np.isfinite(got))} of {got.size} are not finite"
+    )
     error = np.abs(got - expected)
     allowed = atol + rtol * np.max(np.abs(expected))
     if np.max(error) <= allowed:
@@ -30,6 +35,7 @@ def assert_close(got: Any, expected: Any, *, atol: float = 0.0, rtol: float = 0.
     norm = np.linalg.norm(expected.ravel())
     distance = np.linalg.norm(error.ravel()) / norm if norm else np.inf
     raise AssertionError(
-        f"{name}: {np.sum(error > allowed)} of {error.size} differ by more than {allowed:.2e}; worst at {worst}:"
-        f" {got[worst]} instead of {expected[worst]}, off by {error[worst]:.2e}; relative L2 {distance:.2e}"
+        f"{name}: {np.sum(error > allowed)} of {error.size} differ by more than {allowed:.2e};"
+        f" worst at {worst}: {got[worst]} instead of {expected[worst]}, off by {error[worst]:.2e};"
+        f" relative L2 {distance:.2e}"
     )

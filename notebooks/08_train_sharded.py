@@ -8,15 +8,18 @@
 # %% [markdown]
 # # Train a looped model over several devices
 #
-# A run is a function of its configuration: data order, depths and initial latent states come from the seed and the
-# step. So a run on eight devices is the run on one device, and a run may stop on one mesh and go on on another.
+# A run is a function of its configuration: data order, depths and initial latent states come from
+# the seed and the step. So a run on eight devices is the run on one device, and a run may stop on
+# one mesh and go on on another.
 #
 # This notebook pretends that the CPU is eight devices, which is how the tests do it too.
 
 # %%
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import dataclasses
 import tempfile
@@ -56,7 +59,8 @@ def run(name, mesh, steps=60):
 one = run("one device", "data=1")
 
 # %% [markdown]
-# Eight devices: two copies of the batch's halves, parameters split in two over `fsdp`, widths split in two over `model`.
+# Eight devices: two copies of the batch's halves, parameters split in two over `fsdp`, widths split
+# in two over `model`.
 
 # %%
 eight = run("eight devices", "data=2,fsdp=2,model=2")
@@ -65,8 +69,9 @@ print(kernel.shape, kernel.sharding.spec)
 jax.debug.visualize_array_sharding(kernel[0])
 
 # %% [markdown]
-# Losses differ only by the order in which floats are summed. To the right: bits per byte of text that was kept apart, by
-# the number of loops at test time. The model was trained with about four loops.
+# Losses differ only by the order in which floats are summed. To the right: bits per byte of text
+# that was kept apart, by the number of loops at test time. The model was trained with about four
+# loops.
 
 # %%
 lines = {name: read(runs / name / "metrics.jsonl") for name in ("one device", "eight devices")}

@@ -12,7 +12,11 @@ def test_close_arrays_pass():
 @pytest.mark.parametrize(
     ("got", "expected", "says"),
     [
-        ([1.0, 2.5], [1.0, 2.0], r"x: 1 of 2 differ .* worst at \(1,\): 2.5 instead of 2.0, off by 5.00e-01"),
+        (
+            [1.0, 2.5],
+            [1.0, 2.0],
+            r"x: 1 of 2 differ .* worst at \(1,\): 2.5 instead of 2.0, off by 5.00e-01",
+        ),
         ([[1.0]], [1.0], r"x: shape \(1, 1\), expected \(1,\)"),
         ([1.0, np.nan], [1.0, 2.0], "x: 1 of 2 are not finite"),
         ([1j], [0j], "off by 1.00e"),

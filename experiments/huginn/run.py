@@ -1,7 +1,8 @@
-"""Test-time depth of a looped language model on real text, beside a recurrence in time of the same size.
+"""Test-time depth of a looped language model on real text, beside a recurrence in time of the same
+size.
 
-    python experiments/huginn/run.py            # about nine minutes on two CPU cores; writes results.json
-    python experiments/huginn/run.py --smoke    # seconds, tiny models; writes nothing here
+python experiments/huginn/run.py            # about nine minutes on two CPU cores; writes
+results.json python experiments/huginn/run.py --smoke    # seconds, tiny models; writes nothing here
 """
 
 import argparse
@@ -25,7 +26,9 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps, no results.json")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models, a few steps, no results.json"
+    )
     smoke = parser.parse_args().smoke
     results = run(smoke)
     text = json.dumps(results, indent=2)
@@ -48,14 +51,21 @@ def run(smoke: bool) -> dict[str, Any]:
     )
     looped, linear = huginn.TINY, linear_rnn.TINY
     if smoke:
-        config = dataclasses.replace(config, steps=2, batch=2, time=32, eval_batches=1, eval_depths=(1, 2))
+        config = dataclasses.replace(
+            config, steps=2, batch=2, time=32, eval_batches=1, eval_depths=(1, 2)
+        )
         looped = dataclasses.replace(looped, width=16, heads=2, mlp_width=16)
         linear = dataclasses.replace(linear, width=16, recurrent_width=16, mlp_width=16, layers=1)
-    results: dict[str, Any] = {"steps": config.steps, "tokens": config.steps * config.batch * config.time}
+    results: dict[str, Any] = {
+        "steps": config.steps,
+        "tokens": config.steps * config.batch * config.time,
+    }
     for name, model in {"huginn": looped, "linear_rnn": linear}.items():
         with tempfile.TemporaryDirectory() as runs:
             begin = time.perf_counter()
-            outcome = train(f"jaxrec.models.{name}:TINY", model, config, runs=Path(runs), stream=sys.stderr)
+            outcome = train(
+                f"jaxrec.models.{name}:TINY", model, config, runs=Path(runs), stream=sys.stderr
+            )
             seconds = time.perf_counter() - begin
         assert outcome.evaluation is not None, "the run was not interrupted"
         results[name] = {
@@ -64,10 +74,16 @@ def run(smoke: bool) -> dict[str, Any]:
             "bits_per_byte": {d: round(x, 4) for d, x in outcome.evaluation.bits_per_byte.items()},
         }
     data = outcome.data
-    train_text, valid_text = (data.tokenizer.decode(side.tokens) for side in (data.train, data.valid))
+    train_text, valid_text = (
+        data.tokenizer.decode(side.tokens) for side in (data.train, data.valid)
+    )
     results["gzip -9"] = round(gzip_bits_per_byte(valid_text), 4)
     results["order-3 byte model"] = round(ngram_bits_per_byte(train_text, valid_text, order=3), 4)
-    return results | {"mean_depth": looped.mean_depth, "data": data.provenance, "versions": versions()}
+    return results | {
+        "mean_depth": looped.mean_depth,
+        "data": data.provenance,
+        "versions": versions(),
+    }
 
 
 def count(params: Any) -> int:

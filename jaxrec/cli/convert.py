@@ -1,4 +1,6 @@
-"""`jaxrec convert SYSTEM FROM TO`: a published checkpoint becomes a run, or, with --export, a run a checkpoint."""
+"""`jaxrec convert SYSTEM FROM TO`: a published checkpoint becomes a run, or, with --export, a run a
+checkpoint.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ class Arguments:
     export: bool = False
     """Go from a run to the published format."""
     tokenizer: str | None = None
-    """bytes or a tokenizer.json; the source's own tokenizer.json if left out and there, else bytes."""
+    """bytes or a tokenizer.json; the source's own tokenizer.json if left out and there, else
+    bytes."""
     step: int | None = None
     """With --export: which checkpoint; the newest if left out."""
 
@@ -68,4 +71,6 @@ def _write_run(arguments: Arguments, model: object) -> None:
     provenance = {"source": str(arguments.source), "tokenizer": tokenizer.name, "sha256": None}
     Run(target, f"jaxrec.convert.{arguments.system}", config, training, provenance).write()
     with Checkpoints(target / "checkpoints") as checkpoints:
-        checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.split(model)[1])}, {"from": str(arguments.source)})
+        checkpoints.save(
+            0, {"params": nnx.to_pure_dict(nnx.split(model)[1])}, {"from": str(arguments.source)}
+        )

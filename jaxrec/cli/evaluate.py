@@ -17,9 +17,11 @@ class Arguments:
     run: tyro.conf.Positional[Path]
     """Run folder, as made by `jaxrec train` or `jaxrec convert`."""
     depths: str | None = None
-    """Loop counts, such as 1,2,4,8,16; powers of two up to four times the trained mean if left out."""
+    """Loop counts, such as 1,2,4,8,16; powers of two up to four times the trained mean if left
+    out."""
     data: str | None = None
-    """Other text to evaluate on: python-docs, a file, a folder, a glob, or token files; the run's if left out."""
+    """Other text to evaluate on: python-docs, a file, a folder, a glob, or token files; the run's
+    if left out."""
     batches: int | None = None
     """Evaluate on this many batches of windows spread over the text; all of it if left out."""
     step: int | None = None
@@ -58,5 +60,7 @@ def _depths(text: str) -> tuple[int, ...]:
     except ValueError:
         depths = (0,)
     if min(depths) < 1:
-        raise UserError(f"--depths must be loop counts >= 1 with commas, such as 1,2,4; got {text!r}.")
+        raise UserError(
+            f"--depths must be loop counts >= 1 with commas, such as 1,2,4; got {text!r}."
+        )
     return depths

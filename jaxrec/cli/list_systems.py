@@ -1,6 +1,5 @@
 """`jaxrec list`: what the library holds."""
 
-import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -34,7 +33,9 @@ def run(arguments: Arguments) -> int:
 
     table = Table(box=None, pad_edge=False)
     for column in ("configuration", "parameters", "golden", "conversion", "experiment"):
-        table.add_column(column, justify="right" if column == "parameters" else "left", no_wrap=True)
+        table.add_column(
+            column, justify="right" if column == "parameters" else "left", no_wrap=True
+        )
     for row in rows:
         table.add_row(
             row["path"],
@@ -52,13 +53,11 @@ def systems() -> list[dict[str, Any]]:
     import jax
     from flax import nnx
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for module in sorted(info.name for info in pkgutil.iter_modules(models.__path__)):
         sizes = vars(importlib.import_module(f"jaxrec.models.{module}"))
         for name, config in sizes.items():
-            if not (dataclasses.is_dataclass(config) and isinstance(config, LanguageModelConfig)):
-                continue
-            if isinstance(config, type):
+            if isinstance(config, type) or not isinstance(config, LanguageModelConfig):
                 continue
             abstract = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
             rows.append(

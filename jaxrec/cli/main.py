@@ -1,4 +1,6 @@
-"""The command `jaxrec`: finds the subcommand, reads its arguments, and turns bad input into one line."""
+"""The command `jaxrec`: finds the subcommand, reads its arguments, and turns bad input into one
+line.
+"""
 
 import contextlib
 import importlib
@@ -33,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, *rest = argv
         if name not in COMMANDS:
             raise UserError(
-                f"There is no command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+                f"There is no command {name!r}.{nearest(name, COMMANDS)}"
+                f" Commands: {', '.join(COMMANDS)}."
             )
         command = importlib.import_module(f"jaxrec.cli.{MODULES.get(name, name)}")
         parse = getattr(command, "parse", None)
-        arguments = parse(rest) if parse else read_arguments(command.Arguments, rest, f"jaxrec {name}")
+        arguments = (
+            parse(rest) if parse else read_arguments(command.Arguments, rest, f"jaxrec {name}")
+        )
         return command.run(arguments) or 0
     except UserError as error:
         print(f"jaxrec: {' '.join(str(error).split())}", file=sys.stderr)
@@ -91,7 +96,9 @@ def _one_line(complaint: str, program: str) -> str:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  jaxrec {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: jaxrec COMMAND ...", "", *lines, "", "`jaxrec COMMAND --help` says more."])
+    return "\n".join(
+        ["usage: jaxrec COMMAND ...", "", *lines, "", "`jaxrec COMMAND --help` says more."]
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ class Options:
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """Reads MODEL first, since its type decides which options there are.
 
-    A file given by `--config FILE` (YAML or JSON) holds fields of the training configuration, and of the model under
-    "model"; options override it.
+    A file given by `--config FILE` (YAML or JSON) holds fields of the training configuration, and
+    of the model under "model"; options override it.
     """
     from jaxrec.cli.main import read_arguments
 
@@ -44,7 +44,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise SystemExit(0)
     path, *rest = argv
     if path.startswith("-"):
-        raise UserError(f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}")
+        raise UserError(
+            f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}"
+        )
     model = load_object(path)
     if not dataclasses.is_dataclass(model) or not hasattr(model, "build"):
         raise UserError(f"{path} is not a model configuration; `jaxrec list` shows them.")
@@ -59,8 +61,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         "Arguments",
         [
             ("model", type(model), dataclasses.field(default=model)),
-            ("train", Annotated[TrainConfig, tyro.conf.arg(name="")], dataclasses.field(default=config)),
-            ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default=Options())),
+            (
+                "train",
+                Annotated[TrainConfig, tyro.conf.arg(name="")],
+                dataclasses.field(default=config),
+            ),
+            (
+                "options",
+                Annotated[Options, tyro.conf.arg(name="")],
+                dataclasses.field(default=Options()),
+            ),
         ],
         frozen=True,
     )
@@ -85,7 +95,9 @@ def run(parsed: tuple[str, Any]) -> int:
     folder = outcome.run.folder
     again = f"jaxrec train {path} {_changed(parsed)}".strip()
     if outcome.stopped_by is not None:
-        print(f"{outcome.stopped_by}: saved step {outcome.step} in {folder}. Go on with:\n  {again}")
+        print(
+            f"{outcome.stopped_by}: saved step {outcome.step} in {folder}. Go on with:\n  {again}"
+        )
         return 0
     _conclude(outcome, again)
     return 0
@@ -109,7 +121,9 @@ def _conclude(outcome: Any, again: str) -> None:
         file.write(f"--- step {outcome.step}\n{sample}\n")
     print(f"\nSample:\n{sample}\n")
     picture = plot_curves(folder)
-    print(f"Curves: {picture}" if picture else "No curves: matplotlib is missing (extra notebooks).")
+    print(
+        f"Curves: {picture}" if picture else "No curves: matplotlib is missing (extra notebooks)."
+    )
     deeper = "" if mean is None else f" --depth {2 * mean}"
     print(
         f"Generate:  jaxrec generate {shlex.quote(str(folder))} --prompt 'def '{deeper}\n"
@@ -173,7 +187,10 @@ def _differences(config: Any, default: Any, prefix: str) -> list[tuple[str, Any]
 
 def _with_short_data(argv: Sequence[str]) -> list[str]:
     """`--data X` is what everybody types for --data.source X."""
-    return ["--data.source" + arg[6:] if arg == "--data" or arg.startswith("--data=") else arg for arg in argv]
+    return [
+        "--data.source" + arg[6:] if arg == "--data" or arg.startswith("--data=") else arg
+        for arg in argv
+    ]
 
 
 def _read_config(file: Path, config: TrainConfig, model: Any) -> tuple[TrainConfig, Any]:
@@ -187,7 +204,9 @@ def _read_config(file: Path, config: TrainConfig, model: Any) -> tuple[TrainConf
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config {file}: expected fields of the training configuration and 'model'.")
+        raise UserError(
+            f"--config {file}: expected fields of the training configuration and 'model'."
+        )
     changes = content.pop("model", {})
     known = dataclasses.asdict(model)
     return from_dict(TrainConfig, content), from_dict(type(model), known | changes, where="model.")

@@ -1,8 +1,8 @@
 """Runs a conversion table in both directions and refuses whatever the table does not say.
 
-A system's file gives a `System`: its name, how its configuration file maps to ours and back, and `Rule`s. A rule
-names a tensor of the original and the parameter or parameters it becomes; the tensors of a name with `{i}` are
-stacked along a new leading axis.
+A system's file gives a `System`: its name, how its configuration file maps to ours and back, and
+`Rule`s. A rule names a tensor of the original and the parameter or parameters it becomes; the
+tensors of a name with `{i}` are stacked along a new leading axis.
 """
 
 import dataclasses
@@ -31,8 +31,12 @@ class Rule:
 
     source: str  # name in the original, such as "layers.{i}.mlp.up.weight"
     targets: tuple[str, ...]  # parameter paths, such as ("blocks/mlp/up/kernel",)
-    load: Callable[[np.ndarray, Sequence[Shape]], Sequence[np.ndarray]]  # tensor, target shapes -> parameters
-    save: Callable[[Sequence[np.ndarray]], np.ndarray]  # parameters -> tensor, the inverse of `load`
+    load: Callable[
+        [np.ndarray, Sequence[Shape]], Sequence[np.ndarray]
+    ]  # tensor, target shapes -> parameters
+    save: Callable[
+        [Sequence[np.ndarray]], np.ndarray
+    ]  # parameters -> tensor, the inverse of `load`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,9 @@ def same(source: str, target: str) -> Rule:
 
 
 def transposed(source: str, target: str) -> Rule:
-    """A linear map stored (out, in), kept (in, out...): transposed, and the outputs folded as the parameter's."""
+    """A linear map stored (out, in), kept (in, out...): transposed, and the outputs folded as the
+    parameter's.
+    """
 
     def fold(x: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarray]:
         if x.shape[1:] != shapes[0][:1]:  # a reshape alone would take any shape of this size
@@ -73,8 +79,8 @@ def load(system: str, directory: str | Path) -> Any:
       The model, parameters in float32.
 
     Raises:
-      UserError: the system is unknown, a file or a configuration field is missing or unknown, or tensors are
-        unused, missing or misshapen; the message names them.
+      UserError: the system is unknown, a file or a configuration field is missing or unknown, or
+        tensors are unused, missing or misshapen; the message names them.
     """
     table, folder = find(system), Path(directory)
     config = table.read_config(_read_json(folder / "config.json"))
@@ -100,14 +106,17 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
         raise UserError(f"{target} exists; choose another directory or remove it first.")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(to_tensors(table, model), target, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(table.write_config(model.config), indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(table.write_config(model.config), indent=2) + "\n"
+    )
 
 
 def find(system: str) -> System:
     """The table of a system by name."""
     if system not in SYSTEMS:
         raise UserError(
-            f"There is no conversion for {system!r}.{nearest(system, SYSTEMS)} Known: {', '.join(SYSTEMS)}."
+            f"There is no conversion for {system!r}.{nearest(system, SYSTEMS)}"
+            f" Known: {', '.join(SYSTEMS)}."
         )
     return importlib.import_module(f"jaxrec.convert.{system}").SYSTEM
 
@@ -138,10 +147,14 @@ def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray])
             filled[path] = value
     unused = sorted(name for name in tensors if name not in used and name not in system.ignored)
     if unused:
-        raise UserError(f"{system.name}: the model has no place for {_listed(unused)} of the checkpoint.")
+        raise UserError(
+            f"{system.name}: the model has no place for {_listed(unused)} of the checkpoint."
+        )
     unfilled = sorted(set(shapes) - set(filled))
     if unfilled:
-        raise UserError(f"{system.name}: the checkpoint has nothing for the parameters {_listed(unfilled)}.")
+        raise UserError(
+            f"{system.name}: the checkpoint has nothing for the parameters {_listed(unfilled)}."
+        )
     nested: dict[str, Any] = {}
     for path, value in filled.items():
         *parents, leaf = path.split("/")
@@ -153,9 +166,13 @@ def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray])
 
 
 def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, np.ndarray]:
-    """The original's tensors, contiguous, for a model, or for a tree shaped like it, such as its gradient."""
+    """The original's tensors, contiguous, for a model, or for a tree shaped like it, such as its
+    gradient.
+    """
     tree = model if parameters is None else parameters
-    flat = {path: np.asarray(leaf) for path, leaf in _flat(nnx.to_pure_dict(nnx.split(tree)[1])).items()}
+    flat = {
+        path: np.asarray(leaf) for path, leaf in _flat(nnx.to_pure_dict(nnx.split(tree)[1])).items()
+    }
     tensors: dict[str, np.ndarray] = {}
     for rule in system.rules(model.config):
         values = [flat[path] for path in rule.targets]
@@ -169,7 +186,9 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the safetensors files of a folder; an index file, if there is one, says which files."""
+    """All tensors of the safetensors files of a folder; an index file, if there is one, says which
+    files.
+    """
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -182,11 +201,14 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
+        pickled = [
+            file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)
+        ]
         if pickled:
             raise UserError(
-                f"{folder} holds {pickled[0]}, which is a pickle and could run code; it is not read. Convert it"
-                " where it came from: safetensors.torch.save_file(state_dict, 'model.safetensors')."
+                f"{folder} holds {pickled[0]}, which is a pickle and could run code; it is not"
+                " read. Convert it where it came from:"
+                " safetensors.torch.save_file(state_dict, 'model.safetensors')."
             )
         raise UserError(f"{folder} holds no .safetensors file.")
     tensors: dict[str, np.ndarray] = {}
@@ -206,11 +228,15 @@ def _numbered(source: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
     """The names for {i} = 0, 1, ... up to the largest index that the checkpoint has."""
     before, after = source.split("{i}")
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    largest = max((int(match[1]) for name in tensors if (match := pattern.fullmatch(name))), default=0)
+    largest = max(
+        (int(match[1]) for name in tensors if (match := pattern.fullmatch(name))), default=0
+    )
     return [source.format(i=i) for i in range(largest + 1)]
 
 
-def _apply(rule: Rule, tensor: np.ndarray, wanted: Sequence[Shape], name: str) -> Sequence[np.ndarray]:
+def _apply(
+    rule: Rule, tensor: np.ndarray, wanted: Sequence[Shape], name: str
+) -> Sequence[np.ndarray]:
     try:
         return rule.load(tensor, wanted)
     except ValueError as error:

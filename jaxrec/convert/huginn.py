@@ -33,11 +33,18 @@ FIXED = {  # architectures that the original code knows and this model is not
     "injection_type": "linear",
     "model_type": "huginn_raven",
 }
-DERIVED = ("n_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "padded_vocab_size")
+DERIVED = (
+    "n_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "padded_vocab_size",
+)
 UNUSED = (  # bookkeeping of the file format, and how the weights were trained
     "architectures auto_map dtype torch_dtype transformers_version use_cache tie_word_embeddings"
-    " bos_token_id eos_token_id pad_token_id architecture_class_name init_strategy init_orthogonal init_values"
-    " state_init sampling_scheme activation_checkpoint_impl effective_expected_depth test_time_noise"
+    " bos_token_id eos_token_id pad_token_id architecture_class_name init_strategy"
+    " init_orthogonal init_values state_init sampling_scheme activation_checkpoint_impl"
+    " effective_expected_depth test_time_noise"
     " test_time_noise_type"
 ).split()
 
@@ -54,11 +61,15 @@ def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
         raise UserError(f"huginn: config.json lacks the field {missing[0]}.")
     for name in ("num_attention_heads", "num_key_value_heads"):
         if data.get(name, data["n_heads"]) != data["n_heads"]:
-            raise UserError(f"huginn: {name} must equal n_heads {data['n_heads']}, got {data[name]}.")
+            raise UserError(
+                f"huginn: {name} must equal n_heads {data['n_heads']}, got {data[name]}."
+            )
     multiple = data.get("padding_multiple", 1)
     vocab_size = -(-data["vocab_size"] // multiple) * multiple
     try:
-        return HuginnConfig(vocab_size=vocab_size, **{ours: data[name] for name, ours in FIELDS.items()})
+        return HuginnConfig(
+            vocab_size=vocab_size, **{ours: data[name] for name, ours in FIELDS.items()}
+        )
     except ValueError as error:
         raise UserError(f"huginn: config.json: {error}") from error
 

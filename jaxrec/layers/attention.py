@@ -13,8 +13,8 @@ from jaxrec.ops import attention, rotary
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key-value heads.
 
-    With `qk_bias`, a constant is added to queries and keys before the rotation. `rotary_base` is the base of the
-    angles, `rotary_pairing` how channels are paired (see `ops.rotary`).
+    With `qk_bias`, a constant is added to queries and keys before the rotation. `rotary_base` is
+    the base of the angles, `rotary_pairing` how channels are paired (see `ops.rotary`).
     """
 
     def __init__(

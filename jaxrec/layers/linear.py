@@ -8,14 +8,17 @@ from jax.nn.initializers import Initializer
 
 
 def truncated_normal(stddev: float) -> Initializer:
-    """Normal with this deviation before it is cut at three deviations, as most published models use it."""
+    """Normal with this deviation before it is cut at three deviations, as most published models use
+    it.
+    """
     return jax.nn.initializers.truncated_normal(stddev, lower=-3.0, upper=3.0)
 
 
 class Linear(nnx.Module):
     """y = x W + b over the last axis, computed in the dtype of W.
 
-    W maps (d) to one or several axes: `outputs` may be (3, h, k), say, so that sharding can name each of them.
+    W maps (d) to one or several axes: `outputs` may be (3, h, k), say, so that sharding can name
+    each of them.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Linear(nnx.Module):
 
 
 class BlockLinear(nnx.Module):
-    """y = x W + b with a block-diagonal W: the width is cut into `blocks` and each is mapped by itself."""
+    """y = x W + b with a block-diagonal W: the width is cut into `blocks` and each is mapped by
+    itself.
+    """
 
     def __init__(
         self, width: int, blocks: int, *, init: Initializer, rngs: nnx.Rngs, bias: bool = True

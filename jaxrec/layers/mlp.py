@@ -13,7 +13,8 @@ from jaxrec.layers.linear import Linear
 class GatedMLP(nnx.Module):
     """y = W_out (act(W_gate x) * (W_up x)).
 
-    Shazeer, GLU variants improve transformer (2020), arXiv:2002.05202. With silu this is SwiGLU, with gelu GeGLU.
+    Shazeer, GLU variants improve transformer (2020), arXiv:2002.05202. With silu this is SwiGLU,
+    with gelu GeGLU.
     """
 
     def __init__(

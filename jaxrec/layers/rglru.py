@@ -5,7 +5,8 @@
 
 with W_a, W_x block-diagonal, and no square root where a document begins (a_t = 0 there).
 
-De et al., Griffin: mixing gated linear recurrences with local attention (2024), arXiv:2402.19427, section 2.4.
+De et al., Griffin: mixing gated linear recurrences with local attention (2024), arXiv:2402.19427,
+section 2.4.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,9 @@ LARGEST_SQRT_SLOPE = 1000.0
 
 @jax.custom_jvp
 def bounded_sqrt(x: Array) -> Array:
-    """sqrt(x) whose slope is cut at 1000: 1 - a^2 reaches 0 when a gate closes, and sqrt is steep there."""
+    """sqrt(x) whose slope is cut at 1000: 1 - a^2 reaches 0 when a gate closes, and sqrt is steep
+    there.
+    """
     return jnp.sqrt(x)
 
 
@@ -60,8 +63,9 @@ class RGLRU(nnx.Module):
         Args:
           x: input (b t e).
           state: h before the first step, (b e) float32.
-          reset: bool (b t), True where a document begins: the state that enters is zero and the input is not
-            scaled by sqrt(1 - a^2). A stream that begins must say so, or its first input is scaled.
+          reset: bool (b t), True where a document begins: the state that enters is zero and the
+            input is not scaled by sqrt(1 - a^2). A stream that begins must say so, or its first
+            input is scaled.
 
         Returns:
           h (b t e) in x's dtype, and the last state.
@@ -91,7 +95,9 @@ class RecurrentState(NamedTuple):
 
 
 class RecurrentBlock(nnx.Module):
-    """y = W_out (gelu(W_y x) * RGLRU(conv(W_x x))) with a short causal convolution (Griffin, figure 2)."""
+    """y = W_out (gelu(W_y x) * RGLRU(conv(W_x x))) with a short causal convolution (Griffin, figure
+    2).
+    """
 
     def __init__(
         self,

@@ -3,10 +3,11 @@
     e = prelude(sqrt(d) embed(tokens));   s^0 ~ N(0, 2/5);   s^{k+1} = core(W_a [s^k ; e]);
     logits = W_head norm(coda(norm(s^r)))
 
-In training the number of loops r is drawn anew at every step and the gradient passes through the last few only.
+In training the number of loops r is drawn anew at every step and the gradient passes through the
+last few only.
 
-Geiping et al., Scaling up test-time compute with latent reasoning: a recurrent depth approach (2025),
-arXiv:2502.05171.
+Geiping et al., Scaling up test-time compute with latent reasoning: a recurrent depth approach
+(2025), arXiv:2502.05171.
 """
 
 import dataclasses
@@ -73,12 +74,16 @@ class HuginnConfig:
 
     @property
     def weight_std(self) -> float:
-        """Deviation of input projections and of the latent state, sqrt(2/5d) ("takase" initialisation)."""
+        """Deviation of input projections and of the latent state, sqrt(2/5d) ("takase"
+        initialisation).
+        """
         return (2 / (5 * self.width)) ** 0.5
 
     @property
     def output_std(self) -> float:
-        """Deviation of what writes to the residual stream: shrunk by the mean number of executed blocks."""
+        """Deviation of what writes to the residual stream: shrunk by the mean number of executed
+        blocks.
+        """
         executed = self.prelude_layers + self.coda_layers + self.core_layers * self.mean_depth
         return self.weight_std / (2 * executed) ** 0.5
 
@@ -87,14 +92,17 @@ class HuginnConfig:
         return Huginn(self, rngs=rngs)
 
     def sample_depth(self, rng: np.random.Generator) -> int:
-        """Draws Poisson(rate) + 1 loops with log(rate) ~ N(log(mean_depth) - sigma^2/2, sigma^2)."""
+        """Draws Poisson(rate) + 1 loops with log(rate) ~ N(log(mean_depth) - sigma^2/2,
+        sigma^2).
+        """
         rate = rng.lognormal(np.log(self.mean_depth) - DEPTH_SIGMA**2 / 2, DEPTH_SIGMA)
         return int(rng.poisson(rate)) + 1
 
     def flops_per_token(
         self, time: int, depth: int | None = None, *, training: bool = False
     ) -> float:
-        """Multiplications and additions of all matrix products, causal attention counted as half a square.
+        """Multiplications and additions of all matrix products, causal attention counted as half a
+        square.
 
         With `training`, plus twice those of the parts that the truncated gradient passes through.
         """
@@ -108,7 +116,9 @@ class HuginnConfig:
 
 
 class SandwichBlock(nnx.Module):
-    """Attention and MLP, each normalised before and, with its residual, after: the stream has unit scale."""
+    """Attention and MLP, each normalised before and, with its residual, after: the stream has unit
+    scale.
+    """
 
     def __init__(self, config: HuginnConfig, *, rngs: nnx.Rngs):
         init, out_init = truncated_normal(config.weight_std), truncated_normal(config.output_std)
@@ -169,7 +179,8 @@ class Huginn(nnx.Module):
         init = truncated_normal(config.weight_std)
         self.embedding = Embedding(config.vocab_size, config.width, init=init, rngs=rngs)
         self.prelude = _stack(config, config.prelude_layers, rngs)
-        # The adapter's matrix for [s ; e], cut in two: what it makes of e is the same in every loop.
+        # The adapter's matrix for [s ; e], cut in two: what it makes of e is the same in every
+        # loop.
         axes = (None, "embed")
         self.adapter_latent = Linear(
             config.width, config.width, init=init, axes=axes, bias=config.adapter_bias, rngs=rngs
@@ -192,7 +203,9 @@ class Huginn(nnx.Module):
     def init_state(
         self, batch: int, *, capacity: int, depth: int | None = None
     ) -> attention.KVCache:
-        """An empty cache for `capacity` tokens at up to `depth` loops (the trained mean if None)."""
+        """An empty cache for `capacity` tokens at up to `depth` loops (the trained mean if
+        None).
+        """
         config = self.config
         depth = config.mean_depth if depth is None else depth
         slots = config.prelude_layers + depth * config.core_layers + config.coda_layers
@@ -202,7 +215,9 @@ class Huginn(nnx.Module):
         )
 
     def init_latent(self, key: Array | None, batch: int, time: int) -> Array:
-        """s^0 (b t d) float32: normal with deviation latent_scale * sqrt(2/5), cut at three; zero without a key."""
+        """s^0 (b t d) float32: normal with deviation latent_scale * sqrt(2/5), cut at three; zero
+        without a key.
+        """
         shape = (batch, time, self.config.width)
         if key is None:
             return jnp.zeros(shape)
@@ -225,10 +240,11 @@ class Huginn(nnx.Module):
 
         Args:
           tokens: int (b t).
-          state: cache of the tokens so far, from `init_state`; None keeps nothing. Its capacity and depth are
-            not exceeded silently only if the caller sees to it.
+          state: cache of the tokens so far, from `init_state`; None keeps nothing. Its capacity and
+            depth are not exceeded silently only if the caller sees to it.
           segment_ids: int (b t), documents packed in a row; see `ops.attention.open_view`.
-          depth: number of loops, int or traced int32; the trained mean if None. Without a state any number.
+          depth: number of loops, int or traced int32; the trained mean if None. Without a state any
+            number.
           key: draws the initial latent state; None begins at zero.
           latent: the initial latent state itself, (b t d) float32, instead of a key.
           grad_steps: loops that the gradient passes through; config.backprop_depth if None.
@@ -275,7 +291,9 @@ class Huginn(nnx.Module):
         grad_steps: int | None = None,
         remat: RematPolicy = "none",
     ) -> tuple[Array, attention.KVCache | None, IterateInfo]:
-        """Loops the core `depth` times from the latent state s (b t d); returns s^depth, cache and info."""
+        """Loops the core `depth` times from the latent state s (b t d); returns s^depth, cache and
+        info.
+        """
         with jax.named_scope("core"):
             injected = self.adapter_input(embedded)
 

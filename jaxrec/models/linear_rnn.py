@@ -47,7 +47,9 @@ class LinearRNNConfig:
             )
         for field in ("vocab_size", "width", "mlp_width", "layers", "context"):
             if getattr(self, field) < 1:
-                raise ValueError(f"LinearRNNConfig: {field} must be >= 1, got {getattr(self, field)}.")
+                raise ValueError(
+                    f"LinearRNNConfig: {field} must be >= 1, got {getattr(self, field)}."
+                )
         if self.conv_width < 2:
             raise ValueError(f"LinearRNNConfig: conv_width must be >= 2, got {self.conv_width}.")
 
@@ -79,7 +81,8 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, config: LinearRNNConfig, *, rngs: nnx.Rngs):
         init = truncated_normal(config.width**-0.5)
-        # What writes to the stream shrinks with the number of writers, so that its scale does not grow with depth.
+        # What writes to the stream shrinks with the number of writers, so that its scale does not
+        # grow with depth.
         writers = 2 * config.layers
         self.recurrent_norm, self.mlp_norm = (
             RMSNorm(config.width, epsilon=config.norm_epsilon, unit_offset=True) for _ in range(2)
@@ -160,7 +163,8 @@ class LinearRNN(nnx.Module):
         Args:
           tokens: int (b t).
           state: from `init_state` or the call before; None begins anew.
-          segment_ids: int (b t) >= 0; where the id changes the state begins anew. None: the last segment goes on.
+          segment_ids: int (b t) >= 0; where the id changes the state begins anew. None: the last
+            segment goes on.
           remat: what the gradient stores, see `ops.depth.remat_scan`.
 
         Returns:
@@ -174,7 +178,9 @@ class LinearRNN(nnx.Module):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.segment, 1)[:, None], tokens.shape)
         reset = segments.resets(segment_ids, state.segment)
 
-        def body(x: Array, layer: tuple[ResidualBlock, RecurrentState]) -> tuple[Array, RecurrentState]:
+        def body(
+            x: Array, layer: tuple[ResidualBlock, RecurrentState]
+        ) -> tuple[Array, RecurrentState]:
             block, block_state = layer
             return block(x, block_state, reset=reset)
 

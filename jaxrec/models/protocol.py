@@ -1,4 +1,6 @@
-"""What training, generation and the command line ask of a language model and of its configuration."""
+"""What training, generation and the command line ask of a language model and of its
+configuration.
+"""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,16 +15,17 @@ class LanguageModel(Protocol):
     config: Any
 
     def init_state(self, batch: int, *, capacity: int, depth: int | None = None) -> Any:
-        """State before the first token, with room for `capacity` tokens and, if looped, `depth` loops."""
+        """State before the first token, with room for `capacity` tokens and, if looped, `depth`
+        loops.
+        """
         ...
 
-    def __call__(
-        self, tokens: Array, state: Any = None, *, segment_ids: Array | None = None, **loop: Any
-    ) -> tuple[Array, Any]:
-        """Maps tokens (b t) to logits (b t vocab), float32, and the next state.
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
+        """(tokens, state=None, *, segment_ids=None, ...) -> (logits, state).
 
-        With `state=None` nothing is kept. A change of `segment_ids` (b t) begins another document; None goes on
-        with the last one.
+        Maps tokens (b t) to logits (b t vocab), float32, and the next state. With `state=None`
+        nothing is kept. A change of `segment_ids` (b t) begins another document; None goes on with
+        the last one.
         """
         ...
 
@@ -57,14 +60,17 @@ class LanguageModelConfig(Protocol):
     def flops_per_token(
         self, time: int, depth: int | None = None, *, training: bool = False
     ) -> float:
-        """Floating-point operations for one token of a sequence of `time` tokens; forward, or a training step."""
+        """Floating-point operations for one token of a sequence of `time` tokens; forward, or a
+        training step.
+        """
         ...
 
 
 def loop_inputs(
     config: LanguageModelConfig, depth: int | Array | None, key: Array | None
 ) -> dict[str, Any]:
-    """Keyword arguments by which a looped model gets its depth and the key of its initial latent state.
+    """Keyword arguments by which a looped model gets its depth and the key of its initial latent
+    state.
 
     Empty for a model without a loop, which then can be called in the same way.
     """

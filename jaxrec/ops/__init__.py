@@ -1,1 +1,3 @@
-"""Pure functions on arrays: the three recurrences and what models need around them. No modules, no state."""
+"""Pure functions on arrays: the three recurrences and what models need around them. No modules, no
+state.
+"""

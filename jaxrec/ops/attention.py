@@ -1,13 +1,14 @@
-"""Causal softmax attention over documents packed in a row, with a key-value cache that is a plain value.
+"""Causal softmax attention over documents packed in a row, with a key-value cache that is a plain
+value.
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(k)) v_s   over s <= t in the segment of t
 
-Vaswani et al., Attention is all you need (2017), arXiv:1706.03762; grouped heads: Ainslie et al. (2023),
-arXiv:2305.13245.
+Vaswani et al., Attention is all you need (2017), arXiv:1706.03762; grouped heads: Ainslie et al.
+(2023), arXiv:2305.13245.
 
-A cache holds the keys and values of several slots: one per layer, or, in a looped model, one per execution of a
-layer. All slots share one timeline (which token lies where), so a cache is opened once per call of the model
-and then written slot by slot.
+A cache holds the keys and values of several slots: one per layer, or, in a looped model, one per
+execution of a layer. All slots share one timeline (which token lies where), so a cache is opened
+once per call of the model and then written slot by slot.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops import segments
-
 
 Method = Literal["auto", "blocked", "library"]
 
@@ -71,13 +71,14 @@ def open_view(
 
     Args:
       cache: tokens so far, or None: there are none and none will be kept.
-      shape: (b, t) of the tokens that come. A cache must have room for them: indices beyond the capacity would
-        silently overwrite its end, so whoever allocates the cache checks.
-      segment_ids: int32 (b t) >= 0; a token sees only tokens of its own segment, and positions restart where a
-        segment begins. None: the last token's segment goes on.
+      shape: (b, t) of the tokens that come. A cache must have room for them: indices beyond the
+        capacity would silently overwrite its end, so whoever allocates the cache checks.
+      segment_ids: int32 (b t) >= 0; a token sees only tokens of its own segment, and positions
+        restart where a segment begins. None: the last token's segment goes on.
 
     Returns:
-      The view, and the cache with its timeline advanced (keys and values are written by the layers).
+      The view, and the cache with its timeline advanced (keys and values are written by the
+      layers).
     """
     batch, time = shape
     if cache is None:
@@ -134,9 +135,10 @@ def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto")
       k: keys (b s g k) with g dividing h: each key head serves h/g query heads in a row.
       v: values (b s g k).
       view: which sources a query sees; a query that sees none returns the mean of all values.
-      method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of blocks;
-        "library" is `jax.nn.dot_product_attention`, which has fused kernels on accelerators; "auto" is blocked on
-        CPU (1.7 to 4 times as fast there, forward and backward) and the library elsewhere.
+      method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of
+        blocks; "library" is `jax.nn.dot_product_attention`, which has fused kernels on
+        accelerators; "auto" is blocked on CPU (1.7 to 4 times as fast there, forward and backward)
+        and the library elsewhere.
 
     Returns:
       (b t h k) in q's dtype.

@@ -1,4 +1,6 @@
-"""Short causal depthwise convolution in time, y_t = sum_j w_j x_{t-j} + bias, with resets and a carried window."""
+"""Short causal depthwise convolution in time, y_t = sum_j w_j x_{t-j} + bias, with resets and a
+carried window.
+"""
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,7 +15,8 @@ def causal_conv(
       x: input (b t e).
       kernel: (w e); the last row weighs the present input, the first the oldest.
       bias: (e).
-      state: the w - 1 inputs before the first one, oldest first, (b w-1 e) float32; zeros at the beginning.
+      state: the w - 1 inputs before the first one, oldest first, (b w-1 e) float32; zeros at the
+        beginning.
       reset: bool (b t); no input from before a True reaches this step or later ones.
 
     Returns:
@@ -24,7 +27,8 @@ def causal_conv(
     inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
     if reset is None:
         reset = jnp.zeros((batch, time), jnp.bool_)
-    # Whether a reset lies among the last `lag` steps up to each step; before the first step there is none.
+    # Whether a reset lies among the last `lag` steps up to each step; before the first step there
+    # is none.
     resets = jnp.concatenate([jnp.zeros((batch, width - 1), jnp.bool_), reset], axis=1)
     y = jnp.broadcast_to(bias.astype(x.dtype), x.shape)
     cut = jnp.zeros((batch, time), jnp.bool_)

@@ -1,10 +1,11 @@
-"""Rotary position embedding: each pair of channels is rotated by an angle proportional to the position.
+"""Rotary position embedding: each pair of channels is rotated by an angle proportional to the
+position.
 
     angle_j = position * base^(-2j/k),   (x, y) -> (x cos - y sin, y cos + x sin)
 
-for the pairs j = 0 .. k/2 - 1 of a head of width k, in float32. Published models pair the channels in one of
-two ways, which is a permutation of the weights and must be named: "interleaved" pairs (2j, 2j + 1), "half" pairs
-(j, j + k/2).
+for the pairs j = 0 .. k/2 - 1 of a head of width k, in float32. Published models pair the channels
+in one of two ways, which is a permutation of the weights and must be named: "interleaved" pairs
+(2j, 2j + 1), "half" pairs (j, j + k/2).
 
 Su et al., RoFormer (2021), arXiv:2104.09864.
 """

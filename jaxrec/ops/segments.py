@@ -9,8 +9,8 @@ def resets(segment_ids: Array, previous: Array | None = None) -> Array:
 
     Args:
       segment_ids: int (b t).
-      previous: the segment of the token before the first one, int (b); None: there was none, so that the first
-        token begins a segment.
+      previous: the segment of the token before the first one, int (b); None: there was none, so
+        that the first token begins a segment.
 
     Returns:
       bool (b t), ready to be the `reset` of a scan.

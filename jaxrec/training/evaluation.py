@@ -47,7 +47,8 @@ def evaluate_run(
     Args:
       folder: the run.
       depths: loop counts; see `evaluation_depths` for None.
-      source: other text to evaluate on; the run's if None. The validation side of its split is used.
+      source: other text to evaluate on; the run's if None. The validation side of its split is
+        used.
       batches: how many batches, spread over the text; all if None.
       step: which checkpoint; the newest if None.
       ema: the running average instead of the parameters.
@@ -71,7 +72,9 @@ def evaluate_run(
 
 
 def evaluation_depths(model_config: LanguageModelConfig, config: TrainConfig) -> tuple[int, ...]:
-    """Depths to evaluate: those configured, or powers of two up to four times the mean; none without a loop."""
+    """Depths to evaluate: those configured, or powers of two up to four times the mean; none
+    without a loop.
+    """
     mean = model_config.mean_depth
     if mean is None:
         return ()

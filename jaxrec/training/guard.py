@@ -35,7 +35,8 @@ def explain_bad_step(
       last_good: step of the newest checkpoint, or None.
     """
     file = run.folder / "bad_batch.npz"
-    np.savez(file, step=step, depth=depth or 0, **batch)
+    arrays_and_place: dict[str, Any] = {"step": step, "depth": depth or 0, **batch}
+    np.savez(file, **arrays_and_place)
     place = first_nonfinite_leaf(state["params"])
     if place is None:
         arrays = {name: jnp.asarray(array) for name, array in batch.items()}
@@ -45,7 +46,9 @@ def explain_bad_step(
         place = "nowhere when repeated" if finding is None else str(finding)
     else:
         place = f"parameter {place}"
-    kept = "no checkpoint was written yet" if last_good is None else f"checkpoint {last_good} is good"
+    kept = (
+        "no checkpoint was written yet" if last_good is None else f"checkpoint {last_good} is good"
+    )
     return (
         f"Stopped at step {step + 1}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}."
         f" First not finite: {place}. The batch is in {file}; {kept}."

@@ -28,7 +28,8 @@ from jaxrec.training.runs import Run, check_same_run, read_run
 from jaxrec.training.step import build_steps
 
 Sample = Callable[[Any, Any], str]  # (model, tokenizer) -> text
-Settling = tuple[int, int | None, dict[str, jax.Array], Batch]  # a step that the device may still work on
+# Step, depth, metrics and batch of a step that the device may still work on.
+Settling = tuple[int, int | None, dict[str, jax.Array], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,9 @@ def train(
       The outcome, with the final state. SIGTERM and SIGINT end the run early, after a checkpoint.
 
     Raises:
-      UserError: bad configuration, data or folder; a checkpoint could not be written or read; or the loss or its
-        gradient was not finite (the parameters before that step stay in the last checkpoint).
+      UserError: bad configuration, data or folder; a checkpoint could not be written or read; or
+        the loss or its gradient was not finite (the parameters before that step stay in the last
+        checkpoint).
     """
     data = load_data(config.data.source, config.data.tokenizer, config.data.valid_fraction)
     check_fits(model_config, config, data)
@@ -88,7 +90,9 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=config.keep))
         first = checkpoints.latest_step()
         if resume and first is None:
-            raise UserError(f"--resume: {run.folder} holds no checkpoint. Leave --resume out to begin.")
+            raise UserError(
+                f"--resume: {run.folder} holds no checkpoint. Leave --resume out to begin."
+            )
         state = steps.init() if first is None else checkpoints.restore(first, steps.abstract)
         first = first or 0
         run.write()
@@ -103,7 +107,9 @@ def train(
         )
         stopped = stack.enter_context(stop_signals())
         coming = stack.enter_context(
-            contextlib.closing(prefetch(batches, first, config.steps, sharding.host_rows(config.batch)))
+            contextlib.closing(
+                prefetch(batches, first, config.steps, sharding.host_rows(config.batch))
+            )
         )
         stream = stream or stack.enter_context(open(os.devnull, "w"))
         progress = stack.enter_context(RunProgress(config.steps, start=first, stream=stream))
@@ -112,13 +118,15 @@ def train(
         meter = Meter(model_config, config, data, mesh.size)
 
         def settle(waiting: Settling, state: dict[str, Any]) -> None:
-            """Waits for a step's metrics, stops the run if they are not finite, and reports them."""
+            """Waits for a step's metrics and reports them, or stops the run."""
             step, depth, metrics, batch = waiting
             numbers = jax.device_get(metrics)
             if not numbers.pop("healthy"):
                 checkpoints.wait()
                 good = checkpoints.latest_step()
-                raise UserError(explain_bad_step(run, steps, state, step, depth, batch, numbers, good))
+                raise UserError(
+                    explain_bad_step(run, steps, state, step, depth, batch, numbers, good)
+                )
             meter.add(depth, numbers)
             if due(step + 1, config.log_every) or step + 1 == config.steps:
                 line = meter.flush()
@@ -183,12 +191,14 @@ def check_fits(model_config: LanguageModelConfig, config: TrainConfig, data: Dat
     """Checks that model, text and sizes belong together.
 
     Raises:
-      UserError: the tokenizer has more tokens than the model, or the sequences are longer than its context.
+      UserError: the tokenizer has more tokens than the model, or the sequences are longer than its
+        context.
     """
     if data.tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
             f"The tokenizer {data.tokenizer.name} has {data.tokenizer.vocab_size} tokens, the model"
-            f" {model_config.vocab_size}. Use --model.vocab-size {data.tokenizer.vocab_size} or more."
+            f" {model_config.vocab_size}."
+            f" Use --model.vocab-size {data.tokenizer.vocab_size} or more."
         )
     if config.time > model_config.context:
         raise UserError(

@@ -11,10 +11,11 @@ from jaxrec.training.runs import versions
 
 
 def write_report(outcome: Outcome) -> dict[str, Any]:
-    """Writes report.json: bits per byte of the model by depth and of two baselines, on the validation text.
+    """Writes report.json: bits per byte of the model by depth and of two baselines, on the
+    validation text.
 
-    The baselines see all of it; the model is evaluated on windows spread over it, each from an empty context,
-    which is to the model's disadvantage.
+    The baselines see all of it; the model is evaluated on windows spread over it, each from an
+    empty context, which is to the model's disadvantage.
     """
     data = outcome.data
     train_text, valid_text = (data.tokenizer.decode(x.tokens) for x in (data.train, data.valid))
@@ -33,7 +34,7 @@ def write_report(outcome: Outcome) -> dict[str, Any]:
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draws loss over steps and bits per byte over depth into curves.png; None without matplotlib."""
+    """Draws bits per byte over steps and over depth; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -67,9 +68,13 @@ def plot_curves(folder: Path) -> Path | None:
     curve.set(xlabel="step", ylabel="bits per byte", title=folder.name)
     curve.legend(frameon=False, fontsize="small")
     if looped:
-        panels[1].plot([int(depth) for depth in depths], validation[-1]["bits_per_byte"].values(), marker="o")
+        panels[1].plot(
+            [int(depth) for depth in depths], validation[-1]["bits_per_byte"].values(), marker="o"
+        )
         panels[1].set_xscale("log", base=2)
-        panels[1].set(xlabel="loops of the core", ylabel="bits per byte", title="validation, last step")
+        panels[1].set(
+            xlabel="loops of the core", ylabel="bits per byte", title="validation, last step"
+        )
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.2)

@@ -1,9 +1,10 @@
 """The folder of a run: what was trained, on what, and how to get the model back.
 
-    runs/<name>/run.json          model path and configuration, training configuration, data provenance, versions
-               /metrics.jsonl     one line per interval
-               /checkpoints/      by step
-               /samples.txt  curves.png  report.json  bad_batch.npz (after a loss that is not finite)
+runs/<name>/run.json          model path and configuration, training configuration, data provenance,
+versions
+           /metrics.jsonl     one line per interval
+           /checkpoints/      by step
+           /samples.txt  curves.png  report.json  bad_batch.npz (after a loss that is not finite)
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ RUN_LAYOUT = 1
 """Version of run.json; a folder of another version is refused."""
 
 FIXED_ON_RESUME = ("seed", "batch", "time", "accumulate", "precision")
-"""Fields of the training configuration that a resumed run may not change: its numbers would be another run's."""
+"""Fields of the training configuration that a resumed run may not change: its numbers would be
+another run's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ def read_run(folder: Path) -> Run:
     """Reads run.json.
 
     Raises:
-      UserError: the folder is no run, of another layout version, or its configuration is not understood.
+      UserError: the folder is no run, of another layout version, or its configuration is not
+        understood.
     """
     file = folder / "run.json"
     if not file.exists():
@@ -80,7 +83,9 @@ def read_run(folder: Path) -> Run:
         content = json.loads(file.read_text())
         layout = content["layout"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error!r}). Restore it, or start a new run.") from error
+        raise UserError(
+            f"{file} is damaged ({error!r}). Restore it, or start a new run."
+        ) from error
     if layout != RUN_LAYOUT:
         raise UserError(
             f"{folder} has run layout {layout}; this jaxrec reads {RUN_LAYOUT}."
@@ -96,7 +101,9 @@ def read_run(folder: Path) -> Run:
             content["data"],
         )
     except KeyError as error:
-        raise UserError(f"{file} lacks the field {error}. Restore it, or start a new run.") from error
+        raise UserError(
+            f"{file} lacks the field {error}. Restore it, or start a new run."
+        ) from error
 
 
 def check_same_run(old: Run, new: Run) -> None:
@@ -111,13 +118,21 @@ def check_same_run(old: Run, new: Run) -> None:
             f"{old.folder} holds a run of another model, {old.model_path}"
             f"{_first_difference(old.model_config, new.model_config)}. {advice}"
         )
-    pairs = [(name, getattr(old.config, name), getattr(new.config, name)) for name in FIXED_ON_RESUME]
+    pairs = [
+        (name, getattr(old.config, name), getattr(new.config, name)) for name in FIXED_ON_RESUME
+    ]
     optimizers = (to_dict(old.config.optimizer), to_dict(new.config.optimizer))
-    pairs += [(f"optimizer.{name}", value, optimizers[1][name]) for name, value in optimizers[0].items()]
-    pairs += [(f"data {name}", old.data.get(name), new.data.get(name)) for name in ("sha256", "tokenizer")]
+    pairs += [
+        (f"optimizer.{name}", value, optimizers[1][name]) for name, value in optimizers[0].items()
+    ]
+    pairs += [
+        (f"data {name}", old.data.get(name), new.data.get(name)) for name in ("sha256", "tokenizer")
+    ]
     for name, there, here in pairs:
         if there != here:
-            raise UserError(f"{old.folder} holds a run with {name} {there}; this one has {here}. {advice}")
+            raise UserError(
+                f"{old.folder} holds a run with {name} {there}; this one has {here}. {advice}"
+            )
 
 
 class Loaded(NamedTuple):

@@ -1,7 +1,7 @@
 """The functions of a training run that are compiled: initialise, update, evaluate.
 
-State is a dictionary of plain pytrees: params, opt_state, ema (or None), step, and healthy. The model's graph is split
-off once, outside, which keeps the host's work per step small.
+State is a dictionary of plain pytrees: params, opt_state, ema (or None), step, and healthy. The
+model's graph is split off once, outside, which keeps the host's work per step small.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,15 @@ class Steps(NamedTuple):
     """One run's compiled functions; call them inside `jax.set_mesh(mesh)`."""
 
     init: Callable[[], State]  # the state before the first update
-    train: Callable[..., tuple[State, dict[str, Array]]]  # (state, batch, depth); consumes the state
-    evaluate: Callable[..., tuple[Array, Array]]  # (params, batch, depth) -> summed nats, labels counted
-    loss: Callable[..., Array]  # (params, batch, depth, key): what `train` differentiates, not compiled
+    train: Callable[
+        ..., tuple[State, dict[str, Array]]
+    ]  # (state, batch, depth); consumes the state
+    evaluate: Callable[
+        ..., tuple[Array, Array]
+    ]  # (params, batch, depth) -> summed nats, labels counted
+    loss: Callable[
+        ..., Array
+    ]  # (params, batch, depth, key): what `train` differentiates, not compiled
     abstract: State  # shapes, dtypes and shardings of the state
     merge: Callable[[Any], Any]  # params -> model
 
@@ -81,8 +87,8 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         total, count = summed_loss(params, batch, depth, key)
         return total / jnp.maximum(count, 1)
 
-    def gradient(params: Any, batch: Batch, depth: Array, key: Array) -> tuple[Any, Array, Array]:
-        """Gradient of the mean loss, the mean loss, and the number of labels, over all microbatches."""
+    def gradient(params: Any, batch: Batch, depth: Array, key: Array) -> tuple[Any, Array]:
+        """Gradient of the mean loss, and that loss, over all microbatches."""
         summed = jax.value_and_grad(summed_loss, has_aux=True)
 
         def one(micro: Batch, key: Array) -> tuple[Any, Array, Array]:
@@ -98,22 +104,20 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
 
             micro = jax.tree.map(lambda x: _microbatches(x, config.accumulate), batch)
             keys = jax.random.split(key, config.accumulate)
-            start = jax.tree.map(
-                jnp.zeros_like, (params, jnp.zeros(()), jnp.zeros(()))
-            )
+            start = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(()), jnp.zeros(())))
             sums, _ = jax.lax.scan(add, start, (micro, keys))
         grads, total, count = sums
         labels = jnp.maximum(count, 1)
-        return jax.tree.map(lambda g: g / labels, grads), total / labels, count
+        return jax.tree.map(lambda g: g / labels, grads), total / labels
 
     def train(state: State, batch: Batch, depth: Array) -> tuple[State, dict[str, Array]]:
         params, step = state["params"], state["step"]
-        grads, mean_loss, count = gradient(params, batch, depth, step_key(config.seed, step))
+        grads, mean_loss = gradient(params, batch, depth, step_key(config.seed, step))
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         new_params = optax.apply_updates(params, updates)
         ema = state["ema"]
-        if ema is not None:
+        if config.optimizer.ema_decay is not None:
             ema = optim.ema_update(ema, new_params, config.optimizer.ema_decay)
         healthy = state["healthy"] & jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
         new = {
@@ -123,9 +127,12 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
             "step": step + 1,
             "healthy": jnp.ones((), jnp.bool_),
         }
-        # After a loss or gradient that is not finite the state stays as it was before, for good: the loop, which
-        # looks at the metrics one step late, still finds the parameters that the bad batch met.
-        new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state | {"healthy": ~healthy})
+        # After a loss or gradient that is not finite the state stays as it was before, for good:
+        # the loop, which looks at the metrics one step late, still finds the parameters that the
+        # bad batch met.
+        new = jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old), new, state | {"healthy": ~healthy}
+        )
         new["healthy"] = healthy
         metrics = {
             "loss": mean_loss,
@@ -140,7 +147,9 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         return summed_loss(params, batch, depth, jax.random.key(config.seed))
 
     shapes = jax.eval_shape(init)
-    places = sharding.state_shardings(shapes, sharding.parameter_shardings(abstract_model, mesh), mesh)
+    places = sharding.state_shardings(
+        shapes, sharding.parameter_shardings(abstract_model, mesh), mesh
+    )
     abstract = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
@@ -156,11 +165,11 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
 
 
 def step_key(seed: int, step: Array | int) -> Array:
-    """The random key of one step: all of a step's randomness inside the compiled program comes from it."""
+    """The key from which all randomness of one compiled step comes."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def is_matrix(model: nnx.Module) -> Any:
+def is_matrix(model: Any) -> Any:
     """A boolean per parameter, keyed as its pure dictionary: True for two or more named axes."""
     state = nnx.state(model)
     return nnx.to_pure_dict(
@@ -175,13 +184,13 @@ def is_matrix(model: nnx.Module) -> Any:
 def cast_matrices(params: Any, matrices: Any, dtype: jnp.dtype) -> Any:
     """Parameters with matrices in `dtype`, whose products dominate time and memory.
 
-    Vectors, which are norm scales, biases and decays, stay float32: they cost nothing, and a decay near 1 has no
-    digits left in bfloat16.
+    Vectors, which are norm scales, biases and decays, stay float32: they cost nothing, and a decay
+    near 1 has no digits left in bfloat16.
     """
     return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, matrices)
 
 
 def _microbatches(x: Array, count: int) -> Array:
-    """(b ...) to (count b/count ...), every count-th row each, so that a device's rows stay on it."""
+    """(b ...) to (count b/count ...): every count-th row, so that rows stay on their device."""
     rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
     return jnp.swapaxes(rows, 0, 1)

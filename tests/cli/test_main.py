@@ -1,4 +1,5 @@
-"""What a user meets at the command line: one line and status 2 for anything wrong, and nothing lost."""
+"""What a user meets at the command line: one line and status 2 for anything wrong, and nothing
+lost."""
 
 import json
 import subprocess
@@ -142,13 +143,29 @@ def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
     argv += ["--name", "run", "--steps", "2", *model_options(HUGINN, huginn.TINY)]
     assert main([str(word) for word in argv]) == 0
     said = capsys.readouterr().out
-    for line in ("depth 1 ", "depth 8 ", "gzip -9", "order-3", "mean depth in training", "jaxrec generate"):
+    for line in (
+        "depth 1 ",
+        "depth 8 ",
+        "gzip -9",
+        "order-3",
+        "mean depth in training",
+        "jaxrec generate",
+    ):
         assert line in said
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
     assert main(["eval", str(tmp_path / "run"), "--depths", "1,2", "--json", "--batches", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["bits_per_byte"]) == {"1", "2"}
-    generate = ["generate", str(tmp_path / "run"), "--prompt", "def", "--tokens", "5", "--seed", "3"]
+    generate = [
+        "generate",
+        str(tmp_path / "run"),
+        "--prompt",
+        "def",
+        "--tokens",
+        "5",
+        "--seed",
+        "3",
+    ]
     texts = []
     for _ in range(2):
         assert main(generate) == 0
@@ -161,7 +178,8 @@ def test_a_configuration_file(capsys, text, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"steps: 2\nbatch: 8\ntime: 16\neval_batches: 1\nname: filed\ndata:\n  source: {text}\n"
-        "optimizer:\n  learning_rate: 1e-3\nmodel:\n  width: 16\n  layers: 1\n  recurrent_width: 16\n"
+        "optimizer:\n  learning_rate: 1e-3\n"
+        "model:\n  width: 16\n  layers: 1\n  recurrent_width: 16\n"
     )
     argv = ["train", MODEL, "--config", str(file), "--runs", str(tmp_path), "--steps", "1"]
     assert main(argv) == 0
@@ -187,5 +205,6 @@ def test_help_names_every_command_and_is_quick(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in COMMANDS)
-    code = "import sys; import jaxrec.cli.main as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
+    code = "import sys; from jaxrec.cli.main import main; main(['--help'])"
+    code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

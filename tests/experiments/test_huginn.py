@@ -20,6 +20,8 @@ def test_smoke(tmp_path):
 
 def test_the_full_scale_run_is_launchable_as_it_is_given():
     file = FOLDER / "full_scale.yaml"
-    _, arguments = parse(["jaxrec.models.huginn:HUGINN_3_5B", "--config", str(file), "--data", "tokens"])
+    _, arguments = parse(
+        ["jaxrec.models.huginn:HUGINN_3_5B", "--config", str(file), "--data", "tokens"]
+    )
     assert arguments.train.batch * arguments.train.time == 2**24
     assert arguments.train.data.source == "tokens"

@@ -1,4 +1,5 @@
-"""Golden cases: numbers from the original implementations, found by folder and compared array by array."""
+"""Golden cases: numbers from the original implementations, found by folder and compared array by
+array."""
 
 import json
 import os
@@ -25,7 +26,8 @@ def cases(system: str) -> list[Path]:
 
 
 class Case:
-    """One case: configuration, weights through the public converter, and arrays that must all be looked at."""
+    """One case: configuration, weights through the public converter, and arrays that must all be
+    looked at."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -53,7 +55,8 @@ class Case:
         return [name for name in self.arrays if name.startswith(prefix)]
 
     def check(self, name: str, got) -> None:
-        """Compares an expected array; integers exactly, floats within ten stated gaps and 1e-4 of the largest."""
+        """Compares an expected array; integers exactly, floats within ten stated gaps and 1e-4 of
+        the largest."""
         expected, got = self[name], np.asarray(got)
         if not np.issubdtype(expected.dtype, np.floating):
             np.testing.assert_array_equal(got, expected, err_msg=name)

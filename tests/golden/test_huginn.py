@@ -1,4 +1,5 @@
-"""Huginn against its original: prelude, every core state, logits, losses, gradients, cached decoding, greedy text."""
+"""Huginn against its original: prelude, every core state, logits, losses, gradients, cached
+decoding, greedy text."""
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,9 @@ def test_prefill_and_cached_decoding(case, model):
     batch, time = tokens.shape
     prefill = int(case["cache_prefill_len"])
     depth = deepest(case)
-    run = jax.jit(lambda model, tokens, latent, cache: model(tokens, cache, latent=latent, depth=depth))
+    run = jax.jit(
+        lambda model, tokens, latent, cache: model(tokens, cache, latent=latent, depth=depth)
+    )
 
     def decode(sizes):
         cache = model.init_state(batch, capacity=time, depth=depth)
@@ -155,7 +158,8 @@ def deepest(case) -> int:
 
 
 def shared_prefix(row, sequence) -> list[int]:
-    """The prompt: what the sequence shares with its row. A greedy token that agrees may count as prompt."""
+    """The prompt: what the sequence shares with its row. A greedy token that agrees may count as
+    prompt."""
     differs = [i for i, (a, b) in enumerate(zip(row, sequence, strict=False)) if a != b]
     length = min([*differs, len(row), len(sequence) - 1])
     return [int(token) for token in sequence[:length]]

@@ -1,4 +1,5 @@
-"""A run as a whole: it learns, resumes bit for bit, stops when told to, and refuses to go on with NaN."""
+"""A run as a whole: it learns, resumes bit for bit, stops when told to, and refuses to go on with
+NaN."""
 
 import dataclasses
 import json
@@ -33,7 +34,11 @@ def text(tmp_path_factory):
 def straight(request, text, tmp_path_factory):
     """An uninterrupted run: model path, its runs folder and its outcome."""
     runs = tmp_path_factory.mktemp("straight")
-    return request.param, runs, train(request.param, MODELS[request.param], run_config(text), runs=runs)
+    return (
+        request.param,
+        runs,
+        train(request.param, MODELS[request.param], run_config(text), runs=runs),
+    )
 
 
 def losses(folder) -> dict[int, float]:
@@ -77,9 +82,37 @@ def test_a_crashed_run_resumes_bit_for_bit(straight, text, tmp_path):
 
 def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(text, tmp_path):
     config = run_config(text, steps=60, save_every=7)
-    options = ["--steps", "60", "--save-every", "7", "--name", "run", "--batch", "8", "--time", "16"]
-    options += ["--log-every", "1", "--eval-every", "0", "--eval-batches", "1", "--eval-depths", "1", "2"]
-    options += ["--data", str(text), "--data.valid-fraction", "0.2", "--runs", str(tmp_path / "killed")]
+    options = [
+        "--steps",
+        "60",
+        "--save-every",
+        "7",
+        "--name",
+        "run",
+        "--batch",
+        "8",
+        "--time",
+        "16",
+    ]
+    options += [
+        "--log-every",
+        "1",
+        "--eval-every",
+        "0",
+        "--eval-batches",
+        "1",
+        "--eval-depths",
+        "1",
+        "2",
+    ]
+    options += [
+        "--data",
+        str(text),
+        "--data.valid-fraction",
+        "0.2",
+        "--runs",
+        str(tmp_path / "killed"),
+    ]
     options += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "0"]
     options += ["--optimizer.schedule", "constant", *model_options(HUGINN, huginn.TINY)]
     command = [sys.executable, "-m", "jaxrec", "train", HUGINN_PATH, *options]
@@ -103,7 +136,9 @@ def test_a_run_resumes_on_another_mesh(straight, text, tmp_path):
     train(path, MODELS[path], run_config(text, steps=4), runs=tmp_path)
     train(path, MODELS[path], run_config(text, mesh="data=2,fsdp=2,model=2"), runs=tmp_path)
     here, there = losses(tmp_path / "run"), losses(runs / "run")
-    np.testing.assert_allclose([here[s] for s in range(1, 9)], [there[s] for s in range(1, 9)], atol=1e-6)
+    np.testing.assert_allclose(
+        [here[s] for s in range(1, 9)], [there[s] for s in range(1, 9)], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "seq=4,data=2"])
@@ -111,11 +146,14 @@ def test_losses_do_not_depend_on_the_mesh(straight, text, tmp_path, mesh):
     path, runs, _ = straight
     train(path, MODELS[path], run_config(text, steps=4, mesh=mesh), runs=tmp_path)
     here, there = losses(tmp_path / "run"), losses(runs / "run")
-    np.testing.assert_allclose([here[s] for s in range(1, 5)], [there[s] for s in range(1, 5)], atol=1e-6)
+    np.testing.assert_allclose(
+        [here[s] for s in range(1, 5)], [there[s] for s in range(1, 5)], atol=1e-6
+    )
 
 
 def test_accumulation_and_remat_do_not_change_the_losses(text, tmp_path):
-    """On the model without a loop, whose loss has no random latent state that microbatches would draw anew."""
+    """On the model without a loop, whose loss has no random latent state that microbatches would
+    draw anew."""
     model = MODELS[LINEAR_RNN_PATH]
     for name, changes in {"plain": {}, "split": {"accumulate": 4, "remat": "sqrt"}}.items():
         train(LINEAR_RNN_PATH, model, run_config(text, steps=4, **changes), runs=tmp_path / name)
@@ -156,7 +194,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     good = run_config(text, steps=4, optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"))
     train(HUGINN_PATH, HUGINN, good, runs=tmp_path)
     bad = dataclasses.replace(good, steps=20, name="bad", optimizer=optimizer, save_every=1)
-    with pytest.raises(UserError, match=r"First not finite: .*(embedding|prelude|core|coda)") as error:
+    with pytest.raises(
+        UserError, match=r"First not finite: .*(embedding|prelude|core|coda)"
+    ) as error:
         train(HUGINN_PATH, HUGINN, bad, runs=tmp_path)
     with np.load(tmp_path / "bad" / "bad_batch.npz") as batch:
         assert batch["inputs"].shape == (8, 16)
@@ -175,5 +215,5 @@ def test_another_model_or_text_is_refused(straight, text, tmp_path):
         train(path, other, run_config(text), runs=runs)
     with pytest.raises(UserError, match="holds a run with seed 0; this one has 1"):
         train(path, MODELS[path], run_config(text, seed=1), runs=runs)
-    with pytest.raises(UserError, match="--resume: .* holds no checkpoint"):
+    with pytest.raises(UserError, match=r"--resume: .* holds no checkpoint"):
         train(path, MODELS[path], run_config(text), runs=tmp_path, resume=True)

@@ -1,8 +1,9 @@
 """The recurrence in depth, z^{k+1} = step(z^k): one block applied n times, n known or traced.
 
-The value never depends on what is asked of the gradient. `grad_steps` only says how many of the last steps
-the gradient passes through (truncated backpropagation: Williams & Peng 1990; for looped transformers,
-Geiping et al. 2025, arXiv:2502.05171, section 3), and `until` halts elements one by one.
+The value never depends on what is asked of the gradient. `grad_steps` only says how many of the
+last steps the gradient passes through (truncated backpropagation: Williams & Peng 1990; for looped
+transformers, Geiping et al. 2025, arXiv:2502.05171, section 3), and `until` halts elements one by
+one.
 """
 
 from collections.abc import Callable
@@ -46,12 +47,13 @@ def iterate(
       step: z -> z, same structure, shapes and dtypes. It may close over parameters.
       z: pytree of arrays.
       n: number of steps, >= 0; a Python int or a traced int32 (one compilation serves every n).
-      grad_steps: the gradient passes through the last `grad_steps` steps only. When n is larger, the steps
-        before run without gradient and z receives none; when n is smaller, everything is differentiated. None:
-        through all n steps if n is an int and `until` is None; otherwise reverse-mode differentiation is not
-        possible and JAX says so. A bound on n makes a traced loop fully differentiable.
-      until: (new z, old z) -> bool array over leading axes of z, such as (b) or (b t). An element for which it
-        holds keeps that new z from then on. The loop ends early once all have halted.
+      grad_steps: the gradient passes through the last `grad_steps` steps only. When n is larger,
+        the steps before run without gradient and z receives none; when n is smaller, everything is
+        differentiated. None: through all n steps if n is an int and `until` is None; otherwise
+        reverse-mode differentiation is not possible and JAX says so. A bound on n makes a traced
+        loop fully differentiable.
+      until: (new z, old z) -> bool array over leading axes of z, such as (b) or (b t). An element
+        for which it holds keeps that new z from then on. The loop ends early once all have halted.
       remat: what the gradient of the last `grad_steps` steps stores, see `remat_scan`.
 
     Returns:
@@ -138,7 +140,7 @@ def _run_without_gradient(
     *,
     stop: bool,
 ) -> _Loop:
-    """A while loop. With `stop`, nothing that it reads, closed-over parameters included, gets a gradient."""
+    """A while loop. With `stop`, no gradient reaches what it reads or closes over."""
     closed_over: list[Any] = []
     body: Callable[..., _Loop] = advance
     if stop:

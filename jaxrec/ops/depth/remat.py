@@ -28,9 +28,9 @@ def remat_scan(
       carry: initial carry, any pytree.
       xs: pytree scanned over its leading axis, or None when `length` is given.
       length: number of steps; needed when xs has no leaves.
-      remat: "none" stores every intermediate of every step; "block" stores the carry of every step and
-        recomputes one step at a time; "sqrt" stores the carry of every sqrt(n)-th step and recomputes one
-        such stretch at a time: O(sqrt n) carries for one more forward pass.
+      remat: "none" stores every intermediate of every step; "block" stores the carry of every step
+        and recomputes one step at a time; "sqrt" stores the carry of every sqrt(n)-th step and
+        recomputes one such stretch at a time: O(sqrt n) carries for one more forward pass.
 
     Returns:
       The last carry and the stacked ys.

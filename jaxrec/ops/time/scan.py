@@ -1,11 +1,12 @@
 """The linear recurrence with a diagonal transition, h_t = a_t * h_{t-1} + b_t, parallel over time.
 
-Three methods compute the same numbers. The gradient is written by hand and is the same recurrence run
-backwards: with g_t the cotangent of h_t and g_T also holding that of the last state,
+Three methods compute the same numbers. The gradient is written by hand and is the same recurrence
+run backwards: with g_t the cotangent of h_t and g_T also holding that of the last state,
 
     db_t = g_t + a_{t+1} * db_{t+1},    da_t = db_t * h_{t-1},    dh_0 = a_1 * db_1.
 
-Martin & Cundy, Parallelizing linear recurrent neural nets over sequence length (2018), arXiv:1709.04057.
+Martin & Cundy, Parallelizing linear recurrent neural nets over sequence length (2018),
+arXiv:1709.04057.
 """
 
 import functools
@@ -30,20 +31,22 @@ def linear_scan(
     """Runs h_t = a_t * h_{t-1} + b_t over the time axis.
 
     Args:
-      a: decay, dimensionless, (b t ...), float or complex, or any shape that broadcasts to b's; |a| <= 1 keeps
-        the state bounded.
+      a: decay, dimensionless, (b t ...), float or complex, or any shape that broadcasts to b's; |a|
+        <= 1 keeps the state bounded.
       b: input, in the unit of the state, (b t ...) with any trailing axes, t >= 1.
-      h0: state before the first step, (b ...); zero if None. With `reverse` it is the state after the last step.
+      h0: state before the first step, (b ...); zero if None. With `reverse` it is the state after
+        the last step.
       reverse: run from the last step to the first, h_t = a_t * h_{t+1} + b_t.
-      reset: bool, (b t). True: the state that enters this step, in the direction of the scan, is zero.
-      method: "sequential" is one pass over time with the least memory; "associative" has O(log t) depth and
-        a trace that grows with log t; "chunked" has O(sqrt t) depth in three passes; "auto" is sequential on
-        CPU and chunked on accelerators.
+      reset: bool, (b t). True: the state that enters this step, in the direction of the scan, is
+        zero.
+      method: "sequential" is one pass over time with the least memory; "associative" has O(log t)
+        depth and a trace that grows with log t; "chunked" has O(sqrt t) depth in three passes;
+        "auto" is sequential on CPU and chunked on accelerators.
 
     Returns:
-      h, shaped as b, in the dtype that a and b promote to; and the last state in the direction of the scan,
-      (b ...), float32 or complex64 (float64, complex128 for such inputs), ready to be the next call's h0.
-      The recurrence itself runs in the dtype of the state.
+      h, shaped as b, in the dtype that a and b promote to; and the last state in the direction of
+      the scan, (b ...), float32 or complex64 (float64, complex128 for such inputs), ready to be the
+      next call's h0. The recurrence itself runs in the dtype of the state.
 
     Raises:
       ValueError: shapes or dtypes do not fit, t is 0, or the method is unknown.
@@ -93,7 +96,8 @@ def _check(
         raise ValueError(f"linear_scan: h0 must be (b ...) = {state_shape}, got {h0.shape}.")
     if reset is not None and (reset.shape != b.shape[:2] or reset.dtype != jnp.bool_):
         raise ValueError(
-            f"linear_scan: reset must be bool (b t) = {b.shape[:2]}, got {reset.dtype} {reset.shape}."
+            f"linear_scan: reset must be bool (b t) = {b.shape[:2]},"
+            f" got {reset.dtype} {reset.shape}."
         )
     return a, b, h0, reset
 
@@ -138,7 +142,7 @@ def _shifted(x: Array, edge: Array, *, towards_start: bool) -> Array:
 
 
 def _sequential(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:
-    """One loop over time. Time comes first inside: with batch first every step would gather strided rows."""
+    """One loop over time. Inside, time comes first: each step then reads one stretch of memory."""
 
     def step(h: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         a_t, b_t = inputs
@@ -165,7 +169,7 @@ def _associative(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array
 
 
 def _chunked(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:
-    """O(sqrt t) depth: all chunks side by side from zero, then the carries, then the states they add."""
+    """O(sqrt t) depth: all chunks at once from zero, then the carries, then what they add."""
     if reverse:
         h, last = _chunked(jnp.flip(a, 1), jnp.flip(b, 1), h0, reverse=False)
         return jnp.flip(h, 1), last

@@ -7,7 +7,7 @@ is element s b + r of one endless list, whoever asks for it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
@@ -127,7 +127,7 @@ def prefetch(
     stop: int | None = None,
     rows: Rows = slice(None),
     depth: int = 2,
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """Yields (step, batch) for start <= step < stop while a thread makes the next `depth` batches.
 
     Args:
