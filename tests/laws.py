@@ -1,0 +1,779 @@
+"""The ten laws that every recurrence obeys, each written once.
+
+What runs over a sequence joins `SUBJECTS` by one line; what runs a step over and over joins
+`LOOPS`. The references are the plain loops of `tests/references.py`.
+
+Tolerances are derived, not chosen: the same loop run in float32 differs from the one in float64 by
+a gap, and ten times that gap (or ten units in the last place, where the loop happens to be exact)
+is allowed. The gradient of a NumPy loop in float32 cannot be had, so the gap of gradients is stated
+with each subject as it was measured, and so is the error in bfloat16, rounded up.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrec.layers.attention import Attention
+from jaxrec.layers.axes import MESH_AXES
+from jaxrec.layers.rglru import RGLRU, RecurrentBlock
+from jaxrec.models.huginn import HuginnConfig
+from jaxrec.models.linear_rnn import LinearRNNConfig
+from jaxrec.ops.conv import causal_conv
+from jaxrec.ops.depth import iterate
+from jaxrec.ops.time import linear_scan
+from tests import references
+
+EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
+INIT = jax.nn.initializers.normal()
+VOCAB = 11
+
+
+# What a law needs to know
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Something that maps a sequence x and a state to outputs y and the next state.
+
+    inputs: rng, b, t -> params, x; the leaves of x are (b t ...).
+    start: params, b, t -> the state before the first of t steps; None keeps none.
+    run: params, x, state, reset (b t) or None -> y (b t ...), state.
+    loop: the same in NumPy; its state may be None.
+    gradient_gap: between gradients in float32 and float64, relative to the norm of each.
+    bf16: error in units of bfloat16's epsilon, 2^-7; None: there are no such inputs.
+    log_trace: the trace may grow with log t.
+    trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
+    """
+
+    name: str
+    inputs: Callable[[np.random.Generator, int, int], Any]
+    start: Callable[[Any, int, int], Any]
+    run: Callable[[Any, Any, Any, Any], Any]
+    loop: Callable[[Any, Any, Any, Any], Any]
+    gradient_gap: float = 4e-7
+    bf16: float | None = 1.0
+    log_trace: bool = False
+    trained: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def jit(self) -> Callable[..., Any]:
+        """`run` on and to NumPy arrays, compiled once per shape for all laws."""
+        run = jax.jit(self.run)
+        return lambda *case: jax.device_get(run(*case))
+
+    def case(self, batch: int, time: int, reset: bool = False) -> tuple[Any, Any, Any, Any]:
+        """Random params, x, state and reset; the state is not the one that things begin from."""
+        rng = np.random.default_rng(time)
+        params, x = self.inputs(rng, batch, time)
+        state = jax.tree.map(
+            lambda leaf: leaf + draw(rng, leaf.shape, leaf.dtype) if inexact(leaf) else leaf,
+            jax.tree.map(np.asarray, self.start(params, batch, time)),
+        )
+        return params, x, state, rng.random((batch, time)) < 0.2 if reset else None
+
+    def exact(self, params: Any, x: Any, state: Any, reset: Any) -> tuple[Any, Any, float]:
+        """y and state of the float64 loop, and the relative gap between it and the float32 loop."""
+        reset = np.zeros(jax.tree.leaves(x)[0].shape[:2], bool) if reset is None else reset
+        y, last = self.loop(*widened((params, x, state)), reset)
+        assert inexact(y) and y.dtype in (np.float64, np.complex128)
+        rough, _ = self.loop(params, x, state, reset)
+        assert rough.dtype in (np.float32, np.complex64), "the loop must keep the dtype it is given"
+        return y, last, float(np.max(np.abs(rough - y)) / np.max(np.abs(y)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Something that applies one step n times to z (b d).
+
+    run: step, z, n -> z, info.
+    traced: n is an int32 array instead of an int.
+    graded: how many of the last steps the gradient passes through; None: all.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    traced: bool = False
+    graded: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def jit(self) -> Callable[..., Any]:
+        """params, z, n -> z, compiled once if n is traced."""
+        if self.traced:
+            run = jax.jit(self.call)
+            return lambda params, z, n: jax.device_get(run(params, z, np.int32(n)))
+        run = jax.jit(self.call, static_argnums=2)
+        return lambda *case: jax.device_get(run(*case))
+
+    def call(self, params: Any, z: Any, n: Any) -> Any:
+        z, _ = self.run(lambda z: jnp.tanh(z @ params["w"] + params["u"][None]), z, n)
+        return z
+
+    def loop(self, params: Any, z: Any, n: int) -> Any:
+        for _ in range(n):
+            z = np.tanh(z @ params["w"] + params["u"])
+        return z
+
+    def case(self, batch: int) -> tuple[Any, Any]:
+        """Params of a step that neither contracts nor explodes, and z."""
+        rng = np.random.default_rng(0)
+        params = {"w": draw(rng, (4, 4)) * np.float32(0.7), "u": draw(rng, (4,))}
+        return params, draw(rng, (batch, 4))
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Standard normal; complex numbers have unit variance too."""
+    if np.issubdtype(dtype, np.complexfloating):
+        x = rng.normal(size=shape) + 1j * rng.normal(size=shape)
+        return (x / 2**0.5).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)
+
+
+def inexact(leaf: Any) -> bool:
+    """Whether a leaf holds real or complex numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def widened(tree: Any) -> Any:
+    """The tree in double precision."""
+
+    def widen(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        if not inexact(leaf):
+            return leaf
+        return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+    return jax.tree.map(widen, tree)
+
+
+def part(x: Any, begin: int, end: int | None = None) -> Any:
+    """Steps from `begin` to `end` of every leaf (b t ...)."""
+    return jax.tree.map(lambda leaf: leaf[:, begin:end], x)
+
+
+def disturbed(x: Any, where: Any) -> Any:
+    """x with every leaf changed at an index: numbers by 1e6, tokens to others."""
+
+    def disturb(leaf: np.ndarray) -> np.ndarray:
+        leaf = leaf.copy()
+        leaf[where] = (
+            leaf[where] + leaf.dtype.type(1e6) if inexact(leaf) else (leaf[where] + 5) % VOCAB
+        )
+        return leaf
+
+    return jax.tree.map(disturb, x)
+
+
+def assert_close(got: Any, want: Any, gap: float) -> None:
+    """Every leaf within ten gaps of the largest number it should hold; integers exactly."""
+    allowed = 10 * max(gap, EPSILON[jnp.float32])
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        left, right = np.asarray(left), np.asarray(right)
+        assert left.shape == right.shape
+        if not inexact(left):
+            np.testing.assert_array_equal(left, right)
+            continue
+        error, scale = np.max(np.abs(left - right), initial=0), np.max(np.abs(right), initial=0)
+        assert error <= allowed * scale, f"error {error:.2e} of {scale:.2e}, allowed {allowed:.2e}"
+
+
+# Those who join
+
+
+def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subject:
+    """`linear_scan`; in reverse, its mirror image is the same recurrence."""
+
+    def mirrored(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.flip(leaf, 1), x) if reverse else x
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        shape = (batch, time, 3)
+        a = rng.uniform(0.5, 1.0, shape) * np.sign(draw(rng, shape))
+        if dtype == np.complex64:
+            a = a * np.exp(1j * rng.uniform(0, 2 * np.pi, shape))
+        return {}, {"a": a.astype(dtype), "b": draw(rng, shape, dtype)}
+
+    def run(params: Any, x: Any, h: Any, reset: Any) -> Any:
+        x, reset = mirrored(x), mirrored(reset)
+        y, last = linear_scan(x["a"], x["b"], h, reverse=reverse, reset=reset, method=method)
+        return mirrored(y), last
+
+    return Subject(
+        name=f"linear_scan {method} {np.dtype(dtype).name}{' reverse' if reverse else ''}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, 3), dtype),
+        run=run,
+        loop=lambda params, x, h, reset: references.linear_scan(x["a"], x["b"], h, reset),
+        bf16=None if dtype == np.complex64 else 1.0,
+        log_trace=method == "associative",
+    )
+
+
+def convolution() -> Subject:
+    return Subject(
+        name="causal_conv",
+        inputs=lambda rng, batch, time: (
+            {"kernel": draw(rng, (4, 3)), "bias": draw(rng, (3,))},
+            draw(rng, (batch, time, 3)),
+        ),
+        start=lambda params, batch, time: np.zeros((batch, 3, 3), np.float32),
+        run=lambda params, x, state, reset: causal_conv(
+            x, params["kernel"], params["bias"], state, reset
+        ),
+        loop=lambda params, x, state, reset: references.causal_conv(
+            x, params["kernel"], params["bias"], state, reset
+        ),
+    )
+
+
+def module(
+    name: str, build: Callable[..., Any], *, start: Any, call: Any, **fields: Any
+) -> Subject:
+    """A layer or a model; its parameters are drawn anew, so that none is zero or one.
+
+    Args:
+      name: of the subject.
+      build: rngs -> module.
+      start: module, b, t -> state.
+      call: module, x, state, reset -> y, state.
+      **fields: `x` (rng, b, t -> input) and further fields of `Subject`.
+    """
+    graph, variables = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(variables)
+    x = fields.pop("x", activations)
+
+    def parameters(rng: np.random.Generator) -> Any:
+        def parameter(path: Any, leaf: Any) -> np.ndarray:
+            if path[-1].key == "decay":
+                return rng.uniform(-5, -2, leaf.shape).astype(np.float32)
+            return np.float32(path[-1].key == "scale") + np.float32(0.3) * draw(rng, leaf.shape)
+
+        return jax.tree_util.tree_map_with_path(parameter, shapes)
+
+    return Subject(
+        name=name,
+        inputs=lambda rng, batch, time: (parameters(rng), x(rng, batch, time)),
+        start=lambda params, b, t: start(nnx.merge(graph, params), b, t),
+        run=lambda params, x, state, reset: call(nnx.merge(graph, params), x, state, reset),
+        **fields,
+    )
+
+
+def segment_ids(reset: Any) -> Any:
+    """Ids of the segments that resets begin; None, which goes on, without resets."""
+    return None if reset is None else 1 + jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+
+
+def activations(rng: np.random.Generator, batch: int, time: int) -> np.ndarray:
+    return draw(rng, (batch, time, 8))
+
+
+def tokens(rng: np.random.Generator, batch: int, time: int) -> np.ndarray:
+    return rng.integers(0, VOCAB, (batch, time), dtype=np.int32)
+
+
+def attention(name: str, *, cached: bool, pairing: str = "half", **options: Any) -> Subject:
+    return module(
+        name,
+        functools.partial(
+            Attention, 8, 4, rotary_base=50.0, rotary_pairing=pairing, init=INIT, **options
+        ),
+        start=lambda layer, b, t: layer.init_state(b, capacity=t) if cached else None,
+        call=lambda layer, x, cache, reset: layer(x, cache, segment_ids=segment_ids(reset)),
+        loop=lambda params, x, cache, reset: (
+            references.attention(params, x, reset, 50.0, pairing),
+            None,
+        ),
+    )
+
+
+def rglru() -> Subject:
+    return module(
+        "RGLRU",
+        functools.partial(RGLRU, 8, 2),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, h, reset: layer(x, h, reset=reset),
+        loop=references.rglru,
+        trained=True,
+    )
+
+
+def recurrent_block() -> Subject:
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        y, *state = references.recurrent_block(params, x, *state, reset)
+        return y, tuple(state)
+
+    return module(
+        "RecurrentBlock",
+        functools.partial(RecurrentBlock, 8, 6, 2, init=INIT),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+    )
+
+
+def huginn(name: str, *, cached: bool, depth: int = 2, **options: Any) -> Subject:
+    config = HuginnConfig(
+        vocab_size=VOCAB,
+        width=8,
+        heads=2,
+        mlp_width=12,
+        prelude_layers=1,
+        core_layers=2,
+        coda_layers=1,
+        context=128,
+        mean_depth=depth,
+        backprop_depth=depth,
+        rotary_base=50.0,
+        **options,
+    )
+    return module(
+        name,
+        config.build,
+        x=lambda rng, b, t: {"tokens": tokens(rng, b, t), "latent": activations(rng, b, t)},
+        start=lambda model, b, t: model.init_state(b, capacity=t, depth=depth) if cached else None,
+        call=lambda model, x, cache, reset: model(
+            x["tokens"],
+            cache,
+            latent=x["latent"].astype(jnp.float32),
+            depth=depth,
+            segment_ids=segment_ids(reset),
+        ),
+        loop=lambda params, x, cache, reset: (
+            references.huginn(params, x["tokens"], x["latent"], reset, config, depth),
+            None,
+        ),
+        gradient_gap=5e-6,  # two loops over normalised streams amplify
+        bf16=6.0,
+        trained=not cached,
+    )
+
+
+def linear_rnn() -> Subject:
+    config = LinearRNNConfig(
+        vocab_size=VOCAB,
+        width=8,
+        recurrent_width=6,
+        heads=2,
+        mlp_width=12,
+        layers=2,
+        context=128,
+    )
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        anew = reset.copy()
+        anew[:, 0] = True  # the state before the first token is no state at all
+        return references.linear_rnn(params, x, anew, config), None
+
+    return module(
+        "LinearRNN",
+        config.build,
+        x=tokens,
+        start=lambda model, b, t: model.init_state(b),
+        call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
+        loop=loop,
+        gradient_gap=1.2e-6,
+        bf16=4.0,
+        trained=True,
+    )
+
+
+SUBJECTS = [
+    scan("auto"),
+    *(
+        scan(method, dtype, reverse=reverse)
+        for method in ("sequential", "associative", "chunked")
+        for dtype in (np.float32, np.complex64)
+        for reverse in (False, True)
+    ),
+    convolution(),
+    attention("Attention", cached=False),
+    attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),
+    rglru(),
+    recurrent_block(),
+    huginn("Huginn", cached=False, tie_embeddings=False, adapter_bias=True),
+    huginn("Huginn cached", cached=True),
+    linear_rnn(),
+]
+
+LOOPS = [
+    Loop(name="iterate", run=iterate),
+    Loop(name="iterate truncated", run=functools.partial(iterate, grad_steps=3), graded=3),
+    Loop(
+        name="iterate traced",
+        run=functools.partial(iterate, grad_steps=3),
+        traced=True,
+        graded=3,
+    ),
+    Loop(name="iterate block remat", run=functools.partial(iterate, remat="block")),
+    Loop(name="iterate sqrt remat", run=functools.partial(iterate, remat="sqrt")),
+]
+
+subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+keeping_state = pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.case(1, 1)[2] is not None], ids=str
+)
+loops = pytest.mark.parametrize("loop", LOOPS, ids=str)
+lengths = pytest.mark.parametrize("time", [1, 2, 63, 100])
+
+
+# 1. It equals the plain float64 loop
+
+
+def check_equals_the_loop(subject: Subject, case: Any) -> None:
+    y, last = subject.jit(*case)
+    want_y, want_last, gap = subject.exact(*case)
+    assert_close(y, want_y, gap)
+    if want_last is not None:
+        assert_close(last, want_last, gap)
+
+
+@subjects
+def test_equals_the_float64_loop(subject):
+    check_equals_the_loop(subject, subject.case(3, 12, reset=True))
+
+
+@loops
+def test_a_loop_equals_the_float64_loop(loop):
+    params, z = loop.case(3)
+    want = loop.loop(*widened((params, z)), 7)
+    gap = np.max(np.abs(loop.loop(params, z, 7) - want)) / np.max(np.abs(want))
+    assert_close(loop.jit(params, z, 7), want, gap)
+
+
+# 2. Every gradient equals the loop's: its finite differences in float64
+
+
+def check_gradient(
+    got: list, loss: Callable[[list], float], at: list[np.ndarray], gap: float
+) -> None:
+    """Along every axis of a small leaf, along random directions of a large one."""
+    rng = np.random.default_rng(0)
+    step = 1e-5  # leaves errors of about step^2 and float64's epsilon / step: 1e-10
+    for i, leaf in enumerate(at):
+        scale = float(np.linalg.norm(got[i]))
+        if leaf.size <= 12:
+            directions = np.eye(leaf.size).reshape(-1, *leaf.shape)
+        else:
+            directions = rng.normal(size=(2, *leaf.shape)) / leaf.size**0.5
+        units = [1.0, 1.0j] if np.iscomplexobj(leaf) else [1.0]
+        for direction in (unit * one for one in directions for unit in units):
+            ends = [
+                loss([x + sign * step * direction if j == i else x for j, x in enumerate(at)])
+                for sign in (1, -1)
+            ]
+            slope = (ends[0] - ends[1]) / (2 * step)
+            error = abs(np.sum(np.asarray(got[i]) * direction).real - slope)
+            assert error <= 10 * gap * scale + 1e-9, (
+                f"leaf {i} {leaf.shape}: error {error:.2e} of {scale:.2e}"
+            )
+
+
+def loss_of(run: Callable[..., Any], with_state: bool) -> Callable[..., Any]:
+    """A weighted sum of all outputs and, `with_state`, of the float leaves of the state."""
+
+    def loss(*case: Any) -> Any:
+        y, state = run(*case)
+        total = 0.0
+        for leaf in (y, *(leaf for leaf in jax.tree.leaves(state) if with_state and inexact(leaf))):
+            weights = draw(np.random.default_rng(leaf.size), leaf.shape, leaf.dtype)
+            total = total + (weights * leaf).real.sum()
+        return total
+
+    return loss
+
+
+def split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The float leaves, and the function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if inexact(leaf)]
+
+    def join(floats: list[Any]) -> Any:
+        whole = list(leaves)
+        for i, leaf in zip(where, floats, strict=True):
+            whole[i] = leaf
+        return jax.tree.unflatten(structure, whole)
+
+    return [leaves[i] for i in where], join
+
+
+def gradient_of(
+    subject: Subject, case: Any, with_state: bool
+) -> tuple[Callable[..., Any], list[Any]]:
+    """The gradient to all floats of params, x and state, as a function of them."""
+    floats, join = split(case[:3])
+    loss = loss_of(subject.run, with_state)
+    return jax.grad(lambda floats: loss(*join(floats), case[3])), floats
+
+
+@subjects
+def test_every_gradient_equals_the_loops(subject):
+    case = subject.case(2, 5, reset=True)
+    with_state = subject.exact(*case)[1] is not None
+    gradient, floats = gradient_of(subject, case, with_state)
+    loss = loss_of(subject.loop, with_state)
+    _, join = split(case[:3])
+    check_gradient(
+        jax.jit(gradient)(floats),
+        lambda at: loss(*join(at), case[3]),
+        widened(floats),
+        subject.gradient_gap,
+    )
+
+
+@loops
+@pytest.mark.parametrize("n", [0, 2, 7])
+def test_every_gradient_of_a_loop_equals_the_loops(loop, n):
+    params, z = loop.case(2)
+    weights = draw(np.random.default_rng(1), z.shape)
+    gradient = jax.grad(
+        lambda case: jnp.sum(weights * loop.call(*case, jnp.int32(n) if loop.traced else n))
+    )
+    floats, join = split((params, z))
+    free = 0 if loop.graded is None else max(n - loop.graded, 0)
+    fixed = loop.loop(*widened((params, z)), free)  # what the ungraded steps make, a constant
+
+    def loss(at: list[np.ndarray]) -> float:
+        params, z = join(at)
+        return np.sum(weights * loop.loop(params, fixed if free else z, n - free))
+
+    got = jax.tree.leaves(jax.jit(gradient)((params, z)))
+    check_gradient(got, loss, widened(floats), gap=4e-7)
+
+
+# 3. A sequence may be cut anywhere and continued from the state
+
+
+@keeping_state
+@pytest.mark.parametrize("cut", [1, 6, 11])
+def test_a_sequence_may_be_cut_anywhere(subject, cut):
+    params, x, state, _ = case = subject.case(3, 12)
+    whole = subject.jit(*case)
+    left, state = subject.jit(params, part(x, 0, cut), state, None)
+    right, state = subject.jit(params, part(x, cut), state, None)
+    together = np.concatenate([left, right], axis=1), state
+    assert_close(together, whole, subject.exact(*case)[2])
+
+
+@loops
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_loop_may_be_cut_anywhere(loop, cut):
+    params, z = loop.case(3)
+    again = loop.jit(params, loop.jit(params, z, cut), 7 - cut)
+    assert_close(again, loop.jit(params, z, 7), 0)
+
+
+# 4. A reset equals starting anew
+
+
+@subjects
+def test_a_reset_equals_starting_anew(subject):
+    params, x, state, _ = case = subject.case(3, 12)
+    reset = np.zeros((3, 12), bool)
+    reset[1, 6] = True
+    y, _ = subject.jit(params, x, state, reset)
+    first = np.zeros((3, 6), bool)
+    first[:, 0] = True
+    anew, _ = subject.jit(params, part(x, 6), subject.start(params, 3, 12), first)
+    _, _, gap = subject.exact(*case)
+    assert_close(y[1, 6:], anew[1], gap)
+    goes_on, _ = subject.jit(*case)
+    assert_close(y[[0, 2]], goes_on[[0, 2]], gap)
+
+
+@keeping_state
+def test_one_element_may_be_reset_between_two_calls(subject):
+    params, x, state, _ = case = subject.case(3, 12)
+    _, middle = subject.jit(params, part(x, 0, 6), state, None)
+    first = np.zeros((3, 6), bool)
+    first[1, 0] = True
+    y, _ = subject.jit(params, part(x, 6), middle, first)
+    first[:, 0] = True
+    anew, _ = subject.jit(params, part(x, 6), subject.start(params, 3, 12), first)
+    whole, _ = subject.jit(*case)
+    _, _, gap = subject.exact(*case)
+    assert_close(y[1], anew[1], gap)
+    assert_close(y[[0, 2]], whole[[0, 2], 6:], gap)
+
+
+# 5. Batch elements do not talk
+
+
+@subjects
+def test_batch_elements_do_not_talk(subject):
+    params, x, state, reset = subject.case(3, 12, reset=True)
+    y, _ = subject.jit(params, x, state, reset)
+    other, _ = subject.jit(params, disturbed(x, np.s_[0]), state, reset)
+    np.testing.assert_array_equal(other[1:], y[1:])
+    assert np.any(other[0] != y[0])
+
+
+@keeping_state
+def test_batch_elements_do_not_talk_through_the_state(subject):
+    params, x, state, _ = subject.case(3, 12)
+    after = [
+        subject.jit(params, part(x, 6), subject.jit(params, left, state, None)[1], None)[0]
+        for left in (part(x, 0, 6), part(disturbed(x, np.s_[0]), 0, 6))
+    ]
+    np.testing.assert_array_equal(after[1][1:], after[0][1:])
+
+
+@loops
+def test_batch_elements_of_a_loop_do_not_talk(loop):
+    params, z = loop.case(3)
+    y, other = loop.jit(params, z, 7), loop.jit(params, disturbed(z, np.s_[0]), 7)
+    np.testing.assert_array_equal(other[1:], y[1:])
+
+
+# 6. The past does not see the future
+
+
+@subjects
+@pytest.mark.parametrize("now", [1, 6, 11])
+def test_the_past_does_not_see_the_future(subject, now):
+    params, x, state, reset = subject.case(3, 12, reset=True)
+    y, _ = subject.jit(params, x, state, reset)
+    other, _ = subject.jit(params, disturbed(x, np.s_[:, now:]), state, reset)
+    np.testing.assert_array_equal(other[:, :now], y[:, :now])
+    assert np.any(other[:, now] != y[:, now])
+
+
+# 7. Any length
+
+
+@subjects
+@lengths
+def test_any_length(subject, time):
+    check_equals_the_loop(subject, subject.case(3, time))
+
+
+@loops
+@pytest.mark.parametrize("n", [0, 1, 2, 63, 100])
+def test_any_number_of_steps(loop, n):
+    params, z = loop.case(3)
+    want = loop.loop(*widened((params, z)), n)
+    gap = np.max(np.abs(loop.loop(params, z, n) - want)) / np.max(np.abs(want))
+    assert_close(loop.jit(params, z, n), want, gap)
+
+
+# 8. bfloat16 inputs stay finite and close
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.bf16 is not None], ids=str)
+def test_bfloat16_stays_finite_and_close(subject):
+    params, x, _, _ = subject.case(3, 100)
+    params, x = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if inexact(leaf) else leaf, (params, x)
+    )
+    y, last = subject.jit(params, x, subject.start(params, 3, 100), None)
+    rounded = jax.tree.map(
+        lambda leaf: leaf.astype(np.float32) if inexact(leaf) else leaf, (params, x)
+    )
+    want, _, _ = subject.exact(*rounded, subject.start(rounded[0], 3, 100), None)
+    for leaf in jax.tree.leaves((y, last)):
+        assert np.all(np.isfinite(leaf.astype(jnp.float32)))
+    error = np.max(np.abs(y.astype(np.float64) - want)) / np.max(np.abs(want))
+    assert error <= subject.bf16 * EPSILON[jnp.bfloat16]
+
+
+# 9. The trace does not grow with the length
+
+
+def equations(jaxpr: Any) -> int:
+    """The number of equations of a trace, those inside loops and branches included."""
+    inner = [
+        sub
+        for equation in jaxpr.eqns
+        for value in equation.params.values()
+        for sub in (value if isinstance(value, list | tuple) else [value])
+    ]
+    subs = [getattr(sub, "jaxpr", sub) for sub in inner]
+    return len(jaxpr.eqns) + sum(equations(sub) for sub in subs if hasattr(sub, "eqns"))
+
+
+@subjects
+def test_the_trace_does_not_grow_with_time(subject):
+    sizes = []
+    for time in (64, 256, 1024) if subject.log_trace else (64, 1024):
+        case = subject.case(2, time)
+        gradient, floats = gradient_of(subject, case, with_state=True)
+        forward, backward = jax.make_jaxpr(subject.run)(*case), jax.make_jaxpr(gradient)(floats)
+        sizes.append(np.array([equations(forward.jaxpr), equations(backward.jaxpr)]))
+    growth = np.diff(sizes, axis=0)
+    np.testing.assert_array_equal(growth, growth[::-1] if subject.log_trace else 0)
+
+
+@loops
+def test_the_trace_does_not_grow_with_the_number_of_steps(loop):
+    case = loop.case(2)
+
+    def trace(n: int) -> int:
+        gradient = jax.grad(
+            lambda case: jnp.sum(loop.call(*case, jnp.int32(n) if loop.traced else n))
+        )
+        return equations(jax.make_jaxpr(gradient)(case).jaxpr)
+
+    assert trace(16) == trace(64) == trace(256)
+
+
+# 10. Eight devices give the answer of one
+
+
+def on_eight_devices(call: Callable[..., Any], replicated: Any, split_over_batch: Any) -> Any:
+    """Runs a function of two arguments; the batch axis of the second is split over devices."""
+    mesh = jax.make_mesh((8, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(split_over_batch, NamedSharding(mesh, P("data")))
+        return jax.jit(call)(jax.device_put(replicated, NamedSharding(mesh, P())), rows)
+
+
+@subjects
+def test_eight_devices_give_the_answer_of_one(subject):
+    params, x, _, _ = case = subject.case(8, 5)
+
+    def call(params: Any, x: Any) -> Any:
+        return subject.run(params, x, subject.start(params, 8, 5), None)
+
+    y, state = on_eight_devices(call, params, x)
+    assert y.sharding.shard_shape(y.shape)[0] == 1
+    one = subject.jit(params, x, jax.device_get(subject.start(params, 8, 5)), None)
+    assert_close((y, state), one, subject.exact(*case)[2])
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.trained], ids=str)
+def test_eight_devices_give_the_gradient_of_one(subject):
+    params, x, _, _ = subject.case(8, 5)
+    floats, join = split(params)
+
+    def gradient(floats: Any, x: Any) -> Any:
+        def loss(floats: Any) -> Any:
+            params = join(floats)
+            return jnp.sum(subject.run(params, x, subject.start(params, 8, 5), None)[0])
+
+        return jax.grad(loss)(floats)
+
+    one = jax.jit(gradient)(floats, x)
+    assert_close(on_eight_devices(gradient, floats, x), one, subject.gradient_gap)
+
+
+@loops
+def test_eight_devices_give_the_answer_of_one_for_a_loop(loop):
+    params, z = loop.case(8)
+    n = jnp.int32(7) if loop.traced else 7
+    eight = on_eight_devices(lambda params, z: loop.call(params, z, n), params, z)
+    assert eight.sharding.shard_shape(eight.shape) == (1, 4)
+    assert_close(eight, loop.jit(params, z, 7), 0)

@@ -1,0 +1,66 @@
+"""Both models meet what training and generation ask of them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.config import from_dict, to_dict
+from jaxrec.layers.axes import mesh_axes
+from jaxrec.models import huginn, linear_rnn
+from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
+
+CONFIGS = [huginn.TINY, huginn.SMALL, huginn.HUGINN_3_5B, linear_rnn.TINY, linear_rnn.SMALL]
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
+
+
+@configs
+def test_configs_keep_the_protocol_and_round_trip(config):
+    assert isinstance(config, LanguageModelConfig)
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+@configs
+def test_every_parameter_is_float32_and_names_its_axes(config):
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
+        axes, stacked = leaf.get_metadata("axes"), path[0] in ("prelude", "core", "coda", "blocks")
+        assert leaf.dtype == jnp.float32, path
+        assert len(leaf.shape) == len(axes) + stacked, path
+        mesh_axes(axes)
+
+
+@configs
+def test_a_forward_pass_has_the_promised_shapes(config):
+    def call(tokens, key):
+        model = config.build(rngs=nnx.Rngs(key))
+        state = model.init_state(2, capacity=6)
+        return model(tokens, state, **loop_inputs(config, jnp.int32(3), key))
+
+    logits, state = jax.eval_shape(
+        call, jax.ShapeDtypeStruct((2, 6), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    )
+    assert (logits.shape, logits.dtype) == ((2, 6, config.vocab_size), jnp.float32)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.dtype == jnp.float32 for leaf in floats)
+
+
+def test_loop_inputs_are_for_models_with_a_loop():
+    assert loop_inputs(huginn.TINY, 3, None) == {"depth": 3, "key": None}
+    assert loop_inputs(linear_rnn.TINY, 3, None) == {}
+    assert linear_rnn.TINY.sample_depth(np.random.default_rng(0)) is None
+
+
+@configs
+def test_training_costs_at_most_three_forward_passes(config):
+    forward = config.flops_per_token(256)
+    assert forward < config.flops_per_token(256, training=True) <= 3 * forward
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        huginn.TINY.width = 1

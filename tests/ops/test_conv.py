@@ -1,0 +1,57 @@
+"""The causal convolution by hand; its values, gradients and state are in the laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.ops.conv import causal_conv
+
+conv = jax.jit(causal_conv)
+KERNEL = np.array([[100.0], [10.0], [1.0]], np.float32)  # oldest, middle, present
+BIAS = np.array([0.5], np.float32)
+
+
+def column(*values):
+    return np.array(values, np.float32)[None, :, None]
+
+
+def test_digits_show_which_inputs_were_seen():
+    y, window = conv(column(1, 2, 3, 4), KERNEL, BIAS, column(8, 9))
+    np.testing.assert_array_equal(y, column(891.5, 912.5, 123.5, 234.5))
+    np.testing.assert_array_equal(window, column(3, 4))
+
+
+@pytest.mark.parametrize(
+    "reset, seen, window",
+    [
+        ([1, 0, 0, 0], [1.5, 12.5, 123.5, 234.5], [3, 4]),
+        ([0, 1, 0, 0], [891.5, 2.5, 23.5, 234.5], [3, 4]),
+        ([0, 0, 0, 1], [891.5, 912.5, 123.5, 4.5], [0, 4]),
+        ([0, 0, 1, 1], [891.5, 912.5, 3.5, 4.5], [0, 4]),
+        ([1, 1, 1, 1], [1.5, 2.5, 3.5, 4.5], [0, 4]),
+    ],
+)
+def test_a_reset_hides_what_lies_before_it(reset, seen, window):
+    reset = np.array(reset, bool)[None]
+    y, last = conv(column(1, 2, 3, 4), KERNEL, BIAS, column(8, 9), reset)
+    np.testing.assert_array_equal(y, column(*seen))
+    np.testing.assert_array_equal(last, column(*window))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_any_width(width):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    kernel = rng.normal(size=(width, 3)).astype(np.float32)
+    y, window = conv(x, kernel, np.zeros(3, np.float32), np.zeros((2, width - 1, 3), np.float32))
+    padded = np.concatenate([np.zeros((2, width - 1, 3)), x], axis=1)
+    want = sum(padded[:, j : j + 6] * kernel[j] for j in range(width))
+    np.testing.assert_allclose(y, want, atol=1e-6)
+    assert window.shape == (2, width - 1, 3)
+
+
+def test_the_window_is_float32_whatever_the_activations():
+    y, window = conv(column(1, 2, 3, 4).astype(jnp.bfloat16), KERNEL, BIAS, column(8, 9))
+    assert y.dtype == jnp.bfloat16
+    assert window.dtype == jnp.float32

@@ -1,0 +1,188 @@
+"""What ops, layers and models compute, as naive NumPy loops, in the dtype of their arguments.
+
+Parameters are nested dicts with the names of the modules' attributes. x is (b t ...), reset bool
+(b t).
+"""
+
+import numpy as np
+
+
+def spread(mask, like):
+    """A mask over the leading axes of `like`, with axes of size 1 behind."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def linear_scan(a, b, h, reset):
+    out = []
+    for t in range(b.shape[1]):
+        h = a[:, t] * np.where(spread(reset[:, t], h), 0, h) + b[:, t]
+        out.append(h)
+    return np.stack(out, axis=1), h
+
+
+def causal_conv(x, kernel, bias, window, reset):
+    out = []
+    for t in range(x.shape[1]):
+        window = np.where(reset[:, t, None, None], 0, window)
+        window = np.concatenate([window, x[:, t, None]], axis=1)
+        out.append(bias + sum(kernel[j] * window[:, j] for j in range(kernel.shape[0])))
+        window = window[:, 1:]
+    return np.stack(out, axis=1), window
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def gelu(x):
+    """The tanh form, which is what the published models and `jax.nn.gelu` use."""
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def linear(params, x):
+    kernel = params["kernel"]
+    y = np.tensordot(x, kernel, axes=1)
+    return y + params["bias"] if "bias" in params else y
+
+
+def block_linear(params, x):
+    kernel, width = params["kernel"], params["kernel"].shape[1]
+    y = [x[..., i * width : (i + 1) * width] @ kernel[i] for i in range(kernel.shape[0])]
+    return np.concatenate(y, axis=-1) + params["bias"].reshape(-1)
+
+
+def gated_mlp(params, x, activation=silu):
+    return linear(params["out"], activation(linear(params["gate"], x)) * linear(params["up"], x))
+
+
+def rms_norm(params, x, epsilon=1e-6, unit_offset=False):
+    scale = params["scale"] + 1 if unit_offset else params["scale"]
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def layer_norm(params, x, epsilon=1e-5):
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    deviation = np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon)
+    return centred / deviation * params["scale"] + params["bias"]
+
+
+def rotate(x, position, base, pairing):
+    """x (h k) at one position; each pair is a complex number, turned by its angle."""
+    width = x.shape[-1]
+    angle = position * base ** (-2 * np.arange(width // 2) / width)
+    turn = np.exp(1j * angle).astype(np.result_type(x.dtype, np.complex64))
+    if pairing == "interleaved":
+        turned = (x[:, 0::2] + 1j * x[:, 1::2]) * turn
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    turned = (x[:, : width // 2] + 1j * x[:, width // 2 :]) * turn
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def softmax(x):
+    weights = np.exp(x - np.max(x))
+    return weights / np.sum(weights)
+
+
+def attend(q, k, v, sees):
+    """q (b t h k), k and v (b s g k), sees bool (b t s): one query, one head at a time."""
+    y = np.zeros_like(q)
+    share = q.shape[2] // k.shape[2]
+    for b, t in np.ndindex(q.shape[:2]):
+        seen_k, seen_v = k[b, sees[b, t]], v[b, sees[b, t]]
+        for h in range(q.shape[2]):
+            scores = seen_k[:, h // share] @ q[b, t, h] / q.shape[-1] ** 0.5
+            y[b, t, h] = softmax(scores) @ seen_v[:, h // share]
+    return y
+
+
+def visible(reset):
+    """bool (b t s): s is not later than t, and no reset lies after s up to t."""
+    segment = np.cumsum(reset, axis=1)
+    return np.tril(segment[:, :, None] == segment[:, None, :])
+
+
+def attention(params, x, reset, base, pairing):
+    q, kv = linear(params["query"], x), linear(params["key_value"], x)
+    k, v = kv[:, :, 0], kv[:, :, 1]
+    if "query_bias" in params:
+        q, k = q + params["query_bias"], k + params["key_bias"]
+    q, k = q.copy(), k.copy()
+    for b in range(x.shape[0]):
+        position = 0
+        for t in range(x.shape[1]):
+            position = 0 if reset[b, t] else position
+            q[b, t] = rotate(q[b, t], position, base, pairing)
+            k[b, t] = rotate(k[b, t], position, base, pairing)
+            position += 1
+    y = attend(q, k, v, visible(reset))
+    return linear(params["out"], y.reshape(*x.shape[:2], -1))
+
+
+def rglru(params, x, h, reset):
+    r = sigmoid(block_linear(params["recurrence_gate"], x))
+    i = sigmoid(block_linear(params["input_gate"], x))
+    a = np.exp(-8 * r * softplus(params["decay"]))
+    scale = np.where(reset[..., None], 1, np.sqrt(1 - a**2))
+    return linear_scan(a, scale * i * x, h, reset)
+
+
+def recurrent_block(params, x, window, h, reset):
+    inner, window = causal_conv(
+        linear(params["input"], x), params["conv_kernel"], params["conv_bias"], window, reset
+    )
+    inner, h = rglru(params["recurrence"], inner, h, reset)
+    return linear(params["out"], gelu(linear(params["gate"], x)) * inner), window, h
+
+
+def layer(stacked, i):
+    """The parameters of the i-th of several stacked layers."""
+    return {k: layer(v, i) if isinstance(v, dict) else v[i] for k, v in stacked.items()}
+
+
+def linear_rnn(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens] * config.width**0.5
+    batch, width = tokens.shape[0], config.recurrent_width
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        window = np.zeros((batch, config.conv_width - 1, width), x.dtype)
+        h = np.zeros((batch, width), x.dtype)
+        normed = rms_norm(block["recurrent_norm"], x, config.norm_epsilon, unit_offset=True)
+        x = x + recurrent_block(block["recurrent"], normed, window, h, reset)[0]
+        normed = rms_norm(block["mlp_norm"], x, config.norm_epsilon, unit_offset=True)
+        x = x + gated_mlp(block["mlp"], normed, gelu)
+    x = rms_norm(params["norm"], x, config.norm_epsilon, unit_offset=True)
+    logits = x @ params["embedding"]["table"].T
+    return config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
+
+
+def sandwich_block(params, x, reset, config):
+    def norm(name, x):
+        return rms_norm(params[name], x, config.norm_epsilon)
+
+    normed = norm("attention_norm", x)
+    y = attention(params["attention"], normed, reset, config.rotary_base, "interleaved")
+    x = norm("attention_out_norm", y + x)
+    return norm("mlp_out_norm", gated_mlp(params["mlp"], norm("mlp_norm", x)) + x)
+
+
+def huginn(params, tokens, latent, reset, config, depth):
+    e = params["embedding"]["table"][tokens] * config.width**0.5
+    for i in range(config.prelude_layers):
+        e = sandwich_block(layer(params["prelude"], i), e, reset, config)
+    for _ in range(depth):
+        latent = linear(params["adapter_latent"], latent) + linear(params["adapter_input"], e)
+        for i in range(config.core_layers):
+            latent = sandwich_block(layer(params["core"], i), latent, reset, config)
+    x = rms_norm(params["norm"], latent, config.norm_epsilon)
+    for i in range(config.coda_layers):
+        x = sandwich_block(layer(params["coda"], i), x, reset, config)
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
