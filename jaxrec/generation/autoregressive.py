@@ -1,8 +1,9 @@
 """Text one token at a time from a cached model.
 
-The prompts go through the model in one call, then one compiled step feeds each drawn token back.
-Rows never see each other: every draw belongs to (key, row, step) and every initial latent state to
-(key, row, position), whatever else is in the batch.
+The prompts, but for their last tokens, go through the model in one call whose scores nobody needs;
+then one compiled step takes the last tokens, and from there on each drawn token. Rows never see
+each other: every draw belongs to (key, row, step) and every initial latent state to (key, row,
+position), whatever else is in the batch.
 """
 
 import functools
@@ -69,9 +70,11 @@ def generate(
     is_latent_drawn = latent_key is not None and hasattr(model, "init_latent")
     settings = _Settings(
         sampling=Sampling.of(config),
-        depth=None if depth is None else jnp.asarray(depth, jnp.int32),
         keys=None if config.is_greedy else _fold_in_each(key, rows),
-        latent_keys=_fold_in_each(latent_key, rows) if is_latent_drawn else None,
+        loop=_Loop(
+            depth=None if depth is None else jnp.asarray(depth, jnp.int32),
+            latent_keys=_fold_in_each(latent_key, rows) if is_latent_drawn else None,
+        ),
     )
     return _run(model, prompts, max_new_tokens, settings, depth, frozenset(stop_tokens))
 
@@ -102,13 +105,19 @@ def complete(
     return [row[row != STOPPED].tolist() for row in rows]
 
 
+class _Loop(NamedTuple):
+    """What a looped model needs; None for what is not used."""
+
+    depth: Array | None  # int32 ()
+    latent_keys: Array | None  # (b) PRNG keys of the initial latent states
+
+
 class _Settings(NamedTuple):
-    """What stays the same from step to step; None for what is not used."""
+    """What stays the same from step to step."""
 
     sampling: Sampling
-    depth: Array | None  # int32 ()
-    keys: Array | None  # (b) PRNG keys of the draws
-    latent_keys: Array | None  # (b) PRNG keys of the initial latent states
+    keys: Array | None  # (b) PRNG keys of the draws; None when greedy
+    loop: _Loop
 
 
 class _Carry(NamedTuple):
@@ -130,14 +139,15 @@ def _run(
 ) -> Iterator[np.ndarray]:
     # A flat list of weights costs the host far less per call than a module does.
     weights, structure = jax.tree.flatten(model)
-    tokens, lengths = _pad(prompts)
+    tokens, lengths = _pad([prompt[:-1] for prompt in prompts])
     present = None
     if settings.sampling.repetition_penalty is not None:
-        present = np.zeros((len(prompts), model.config.vocab_size), np.bool_)
-        for row, prompt in enumerate(prompts):
-            present[row, list(prompt)] = True
+        present = jnp.array([np.isin(np.arange(model.config.vocab_size), row) for row in prompts])
     capacity = _round_up(tokens.shape[1] + max_new_tokens)
-    token, carry = _prefill(structure, capacity, depth, weights, settings, tokens, lengths, present)
+    state = _prefill(structure, capacity, depth, weights, settings.loop, tokens, lengths)
+    carry = _Carry(state, jnp.array(lengths), jnp.zeros((), jnp.int32), present)
+    token = jnp.array([prompt[-1] for prompt in prompts], jnp.int32)
+    token, carry = _decode(structure, weights, settings, carry, token)
     running = np.ones(len(prompts), np.bool_)
     for index in range(max_new_tokens):
         shown = token
@@ -159,58 +169,55 @@ def _prefill(
     capacity: int,
     max_depth: int | None,
     weights: list[Array],
-    settings: _Settings,
+    loop: _Loop,
     tokens: Array,
     lengths: Array,
-    present: Array | None,
-) -> tuple[Array, _Carry]:
-    """Runs left-padded prompts (b t) and draws the first token of each row, int32 (b)."""
+) -> Any:
+    """The state after tokens (b t), of which all but the last `lengths` (b) are padding."""
     model = jax.tree.unflatten(structure, weights)
     batch, time = tokens.shape
     index = jax.lax.broadcasted_iota(jnp.int32, (batch, time), 1)
     position = index - (time - lengths[:, None])
-    state = model.init_state(batch, capacity=capacity, depth=max_depth)
-    logits, state = model(
+    # XLA drops the head, as the scores are not used.
+    _, state = model(
         tokens,
-        state,
+        model.init_state(batch, capacity=capacity, depth=max_depth),
         segment_ids=(position >= 0).astype(jnp.int32),
-        **_loop(model, settings, jnp.maximum(position, 0)),
+        **_loop_inputs(model, loop, jnp.maximum(position, 0)),
     )
-    start = _Carry(state, lengths, jnp.zeros((), jnp.int32), present)
-    return _draw(logits[:, -1], settings, start)
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _decode(
     structure: Any, weights: list[Array], settings: _Settings, carry: _Carry, token: Array
 ) -> tuple[Array, _Carry]:
-    """Feeds the drawn tokens (b) back and draws the next ones, int32 (b)."""
+    """Feeds tokens (b) and draws the ones that follow, int32 (b)."""
     model = jax.tree.unflatten(structure, weights)
     logits, state = model(
-        token[:, None], carry.state, **_loop(model, settings, carry.position[:, None])
+        token[:, None],
+        carry.state,
+        # A row whose prompt is this one token has but padding, segment 0, behind it.
+        segment_ids=jnp.ones_like(token[:, None]),
+        **_loop_inputs(model, settings.loop, carry.position[:, None]),
     )
-    carry = carry._replace(state=state, position=carry.position + 1)
-    return _draw(logits[:, 0], settings, carry)
-
-
-def _draw(logits: Array, settings: _Settings, carry: _Carry) -> tuple[Array, _Carry]:
     keys = settings.keys
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, carry.step)
-    token = draw(logits, settings.sampling, keys, carry.present)
+    new = draw(logits[:, 0], settings.sampling, keys, carry.present)
     present = carry.present
     if present is not None:
-        present = present.at[jnp.arange(len(token)), token].set(True)
-    return token, carry._replace(step=carry.step + 1, present=present)
+        present = present.at[jnp.arange(len(new)), new].set(True)
+    return new, _Carry(state, carry.position + 1, carry.step + 1, present)
 
 
-def _loop(model: LanguageModel, settings: _Settings, position: Array) -> dict[str, Any]:
+def _loop_inputs(model: LanguageModel, loop: _Loop, position: Array) -> dict[str, Any]:
     """The loop inputs of a model for the tokens at positions (b t) of their rows."""
-    inputs = loop_inputs(model.config, settings.depth, None)
-    if settings.latent_keys is not None:
+    inputs = loop_inputs(model.config, loop.depth, None)
+    if loop.latent_keys is not None:
         # One key per token: what a token begins from does not depend on padding or on other rows.
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(
-            settings.latent_keys, position
+            loop.latent_keys, position
         )
         looped: Any = model
         inputs["latent"] = jax.vmap(jax.vmap(lambda key: looped.init_latent(key, 1, 1)[0, 0]))(
@@ -225,11 +232,11 @@ def _fold_in_each(key: Any, rows: int) -> Array:
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts aligned at their ends: int32 (b t) with zeros before them, and their lengths (b)."""
+    """Tokens aligned at their ends: int32 (b t) with zeros before them, and their lengths (b)."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), _round_up(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(prompts), _round_up(max(1, int(lengths.max())))), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, -len(prompt) :] = prompt
+        tokens[row, tokens.shape[1] - len(prompt) :] = prompt
     return tokens, lengths
 
 
