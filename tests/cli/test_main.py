@@ -1,7 +1,9 @@
 """What a user meets at the command line: one line and status 2 for anything wrong, and nothing
 lost."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -134,6 +136,17 @@ def test_a_damaged_checkpoint(capsys, text, tmp_path):
         assert "checkpoints" in refused(capsys, *argv)
     largest.write_bytes(whole)
     assert main(["eval", str(tmp_path / "run"), "--batches", "1"]) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_more(capsys, monkeypatch, trained, number):
+    """The first thing to fail may be a line of metrics, not a checkpoint."""
+
+    def full(*_):
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    monkeypatch.setattr("jaxrec.cli.evaluate.run", full)
+    assert "cannot write metrics.jsonl" in refused(capsys, "eval", trained)
 
 
 def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):

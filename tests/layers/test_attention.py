@@ -35,7 +35,8 @@ def test_shapes_of_projections():
 def test_the_cache_has_the_weights_dtype_and_one_slot_per_execution():
     layer = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), build(kv_heads=2))
     cache = layer.init_state(3, capacity=5, slots=7)
-    assert cache.k.shape == cache.v.shape == (7, 3, 5, 2, 2)
+    assert cache.k.shape == (7, 3, 2, 2, 5)
+    assert cache.v.shape == (7, 3, 2, 5, 2)
     assert cache.k.dtype == jnp.bfloat16
     assert cache.capacity == 5
 

@@ -225,7 +225,7 @@ def test_left_padded_prompts_equal_unpadded_ones(model):
 
 
 def test_the_cache_has_a_slot_for_every_executed_block(model):
-    assert model.init_state(2, capacity=9, depth=5).k.shape == (1 + 5 * 2 + 1, 2, 9, 2, 8)
+    assert model.init_state(2, capacity=9, depth=5).v.shape == (1 + 5 * 2 + 1, 2, 2, 9, 8)
     assert model.init_state(2, capacity=9).k.shape[0] == 1 + 3 * 2 + 1
 
 
