@@ -1,0 +1,104 @@
+"""`jaxrec bench scan|train`: timings beside those of peers, in one process and in turns.
+
+Nothing is timed that computes the wrong numbers: every candidate first meets its definition at a
+small size, and a candidate that fails ends the command with status 1.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrec.errors import UserError, nearest
+
+Part = Literal["step", "depth", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanArguments:
+    """Time linear_scan beside lax.scan, lax.associative_scan and recurrentgemma if installed."""
+
+    shapes: tuple[str, ...] = ("8,4096,256", "1,65536,64")
+    """Shapes b,t,d of the arrays."""
+    methods: tuple[str, ...] = ("auto", "associative", "chunked")
+    """Methods of linear_scan."""
+    rounds: int = 9
+    """Runs of each candidate; medians are reported."""
+    smoke: bool = False
+    """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
+    json: bool = False
+    """Print JSON lines instead of tables."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Time a Huginn of width 256: forward pass, training step, what depth costs, decoding."""
+
+    parts: tuple[Part, ...] = ("step", "depth", "decode")
+    """step: forward and training step, beside PyTorch if installed; depth: time and compile time by
+    depth; decode: tokens per second from the cache."""
+    mlp_widths: tuple[int, ...] = (864, 512, 384)
+    """Inner widths of the MLP. The first is that of the other parts; 864 has the published model's
+    ratio to the width, 17920/5280."""
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Loops at which a training step is timed."""
+    decode_depths: tuple[int, ...] = (4, 16, 32)
+    """Loops at which decoding is timed."""
+    rounds: int = 7
+    """Runs of each candidate; medians are reported."""
+    smoke: bool = False
+    """A tiny model and one round, to see that everything runs. The numbers mean nothing."""
+    json: bool = False
+    """Print JSON lines instead of tables."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+Arguments = ScanArguments | TrainArguments
+KINDS: dict[str, Any] = {"scan": ScanArguments, "train": TrainArguments}
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads what is to be timed, then its options.
+
+    Raises:
+      UserError: neither scan nor train, or an option is wrong.
+    """
+    from jaxrec.cli.main import read_arguments
+
+    kind, *rest = argv or ["--help"]
+    if kind in ("-h", "--help"):
+        print("usage: jaxrec bench scan|train [OPTIONS]\n")
+        for name, arguments in KINDS.items():
+            print(f"  {name:<6} {arguments.__doc__}")
+        print("\n`jaxrec bench scan --help` lists the options.")
+        raise SystemExit(0)
+    if kind not in KINDS:
+        raise UserError(
+            f"There is no benchmark {kind!r}.{nearest(kind, KINDS)}"
+            f" There are {' and '.join(KINDS)}."
+        )
+    return read_arguments(KINDS[kind], rest, f"jaxrec bench {kind}")
+
+
+def run(arguments: Arguments) -> int:
+    """Prints the timings and returns the exit status: 1 if a candidate computes the wrong numbers.
+
+    Raises:
+      UserError: an argument does not fit.
+    """
+    from jaxrec.cli import bench_scan, bench_train
+    from jaxrec.cli.timing import WrongNumbers
+
+    try:
+        if isinstance(arguments, ScanArguments):
+            bench_scan.run(arguments)
+        else:
+            bench_train.run(arguments)
+    except WrongNumbers as error:
+        print(f"jaxrec bench: {error} Nothing was timed.", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,494 @@
+"""`jaxrec bench train`: what a looped language model costs: forward, trained, decoded, by depth."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import jaxrec
+from jaxrec.cli import bench, timing
+from jaxrec.cli.timing import WrongNumbers
+from jaxrec.convert import engine
+from jaxrec.errors import UserError
+from jaxrec.generation import SamplingConfig, complete
+from jaxrec.models.huginn import Huginn, HuginnConfig
+from jaxrec.training.config import OptimizerConfig, TrainConfig
+from jaxrec.training.losses import cross_entropy
+from jaxrec.training.sharding import build_mesh
+from jaxrec.training.step import build_steps
+
+PEER = Path(jaxrec.__file__).parent.parent / "benchmarks" / "peers" / "huginn_torch.py"
+FIGURE = {"forward": 0.9, "step": 1.8}
+"""Seconds of the original PyTorch program at batch 4, 256 tokens, 4 + 4 loops, on a machine with
+two cores. The inner width of its MLP was not recorded."""
+TOLERANCE = 1e-5
+"""Largest difference between the two programs, both in float32, relative to the largest value of an
+array. Measured: up to 9e-7."""
+MATRIX = 1024
+"""A machine's peak is its speed at a product of square matrices of this size, in the same turns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is timed; lengths in tokens."""
+
+    width: int = 256
+    heads: int = 4
+    layers: tuple[int, int, int] = (2, 4, 2)
+    batch: int = 4
+    time: int = 256
+    depth: int = 8
+    graded: int = 4  # of the loops, the last, that the gradient passes through
+    prompt: int = 16
+    new_tokens: int = 48
+
+    def model(self, mlp_width: int) -> HuginnConfig:
+        """The model, on bytes."""
+        return HuginnConfig(
+            vocab_size=272,
+            width=self.width,
+            heads=self.heads,
+            mlp_width=mlp_width,
+            prelude_layers=self.layers[0],
+            core_layers=self.layers[1],
+            coda_layers=self.layers[2],
+            context=max(self.time, 128),
+            mean_depth=self.depth,
+            backprop_depth=self.graded,
+        )
+
+
+SMALL = Sizes(
+    width=16, heads=2, layers=(1, 2, 1), batch=2, time=16, depth=3, graded=2, prompt=2, new_tokens=3
+)
+"""Where the two programs are compared, and what --smoke times."""
+SMALL_MLP = 32
+
+
+def run(arguments: "bench.TrainArguments") -> None:
+    """Times the parts that are asked for, and prints what came out.
+
+    Raises:
+      UserError: an argument is not positive.
+      WrongNumbers: the PyTorch program and this one do not agree.
+    """
+    for name in ("mlp_widths", "depths", "decode_depths", "parts"):
+        values = getattr(arguments, name)
+        if not values or (name != "parts" and min(values) < 1):
+            raise UserError(f"--{name.replace('_', '-')}: expected numbers >= 1, got {values}.")
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    timing.check_out(arguments.out)
+    sizes, rounds, mlp_widths = Sizes(), arguments.rounds, arguments.mlp_widths
+    depths, decode_depths = arguments.depths, arguments.decode_depths
+    if arguments.smoke:
+        sizes, rounds, mlp_widths, depths, decode_depths = SMALL, 1, (SMALL_MLP,), (1, 3), (2,)
+    peer = load_peer()
+    if peer is not None and "step" in arguments.parts:
+        check_peer(peer)
+        timing.say("the PyTorch program agrees: logits and every gradient")
+    report: dict[str, Any] = {
+        "benchmark": "train",
+        "machine": timing.machine(),
+        "rounds": rounds,
+        "smoke": arguments.smoke,
+        "sizes": dataclasses.asdict(sizes),
+        "torch": None if peer is None else peer.torch.__version__,
+        "results": [],
+    }
+    with timing.without_compilation_cache(), jax.set_mesh(build_mesh("data=1")):
+        if "step" in arguments.parts:
+            # The first width last: the next part uses its program again.
+            steps = [measure_step(sizes, mlp, rounds, peer) for mlp in reversed(mlp_widths)]
+            report["results"] += reversed(steps)
+        if "depth" in arguments.parts:
+            report["results"] += measure_depth(sizes, mlp_widths[0], depths, rounds)
+            report["results"] += measure_compilation(sizes, mlp_widths[0], depths)
+        if "decode" in arguments.parts:
+            report["results"] += measure_decoding(sizes, mlp_widths[0], decode_depths, rounds)
+    report["machine"]["load_average_after"] = timing.load_average()
+    timing.publish(report, tables, as_json=arguments.json, out=arguments.out)
+
+
+def load_peer() -> Any | None:
+    """benchmarks/peers/huginn_torch.py of this checkout; None without it or without PyTorch."""
+    if importlib.util.find_spec("torch") is None or not PEER.exists():
+        return None
+    spec = importlib.util.spec_from_file_location("huginn_torch", PEER)
+    assert spec is not None and spec.loader is not None, PEER
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_peer(peer: Any) -> None:
+    """Compares the PyTorch program with jaxrec from equal weights: logits and every gradient.
+
+    Raises:
+      WrongNumbers: they differ; the message names what.
+    """
+    for what, error in peer_errors(peer).items():
+        if not error <= TOLERANCE:  # also refuses NaN
+            raise WrongNumbers(
+                f"the PyTorch program {PEER.name} and jaxrec differ: {what} by {error:.1e} of the"
+                f" largest value, allowed are {TOLERANCE:.0e}."
+            )
+
+
+def peer_errors(peer: Any) -> dict[str, float]:
+    """Largest difference of the logits and of each gradient, relative to their largest value."""
+    sizes, system = SMALL, engine.find("huginn")
+    model = sizes.model(SMALL_MLP).build(rngs=nnx.Rngs(0))
+    tokens, labels, latent = _inputs(sizes, model.config)
+
+    def loss(model: Huginn) -> tuple[Array, Array]:
+        logits = model(tokens, depth=jnp.int32(sizes.depth), latent=latent)[0]
+        return cross_entropy(logits, labels), logits
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+    theirs = peer.load(model.config, engine.to_tensors(system, model))
+    their_logits = theirs(*_to_torch(tokens, latent), sizes.depth - sizes.graded, sizes.graded)
+    _torch_loss(their_logits, *_to_torch(labels)).backward()
+    their_gradient = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+
+    def error(value: np.ndarray, their_value: np.ndarray) -> float:
+        return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
+
+    errors = {"the logits": error(np.asarray(logits), their_logits.detach().numpy())}
+    for name, value in engine.to_tensors(system, model, gradient).items():
+        errors[f"the gradient of {name}"] = error(value, their_gradient[name])
+    return errors
+
+
+def measure_step(sizes: Sizes, mlp_width: int, rounds: int, peer: Any | None) -> dict[str, Any]:
+    """A forward pass and a training step, beside PyTorch's and a large matrix product, in turns."""
+    config = sizes.model(mlp_width)
+    tokens, labels, latent = _inputs(sizes, config)
+    train = trainer(sizes, config)
+    depth = jnp.int32(sizes.depth)
+    params = jax.tree.map(jnp.copy, train.state["params"])  # a step consumes its state
+
+    def forward(params: Any, tokens: Array, depth: Array, latent: Array) -> Array:
+        return train.merge(params)(tokens, depth=depth, latent=latent)[0]
+
+    program = timing.compile_program(forward, params, tokens, depth, latent)
+    timing.say(
+        f"inner width {mlp_width}: step compiled in {train.program.compile_seconds:.1f} s,"
+        f" forward pass in {program.compile_seconds:.1f} s"
+    )
+    matrix = jnp.ones((MATRIX, MATRIX))
+    product = timing.compile_program(jnp.matmul, matrix, matrix)
+    calls: dict[str, Callable[[], Any]] = {
+        "matmul": functools.partial(product.call, matrix, matrix),
+        "forward": functools.partial(program.call, params, tokens, depth, latent),
+        "step": functools.partial(train.step, sizes.depth),
+    }
+    if peer is not None:
+        tensors = engine.to_tensors(engine.find("huginn"), train.merge(params))
+        calls |= _torch_calls(peer, config, sizes, tensors, tokens, labels, latent)
+    times = timing.race(calls, rounds)
+
+    peak = 2 * MATRIX**3 / times["matmul"].least
+    record: dict[str, Any] = {
+        "part": "step",
+        "mlp_width": mlp_width,
+        "peak_gflop_per_s": peak / 1e9,
+        "temp_mib": train.program.temp_mib,
+    }
+    for what, compiled in (("forward", program), ("step", train.program)):
+        work = config.flops_per_token(sizes.time, sizes.depth, training=what == "step")
+        work *= sizes.batch * sizes.time
+        time = times[what]
+        record[what] = {
+            "median_s": time.median,
+            "least_s": time.least,
+            "compile_s": compiled.compile_seconds,
+            "gflop": work / 1e9,
+            "gflop_per_s": work / 1e9 / time.least,
+            "bound_s": work / peak,
+            "figure_s": FIGURE[what],
+            "figure_to_ours": FIGURE[what] / time.median,
+        }
+        if peer is not None:
+            theirs = times[f"torch {what}"]
+            record[what] |= {
+                "torch_median_s": theirs.median,
+                "torch_least_s": theirs.least,
+                "torch_to_ours_median": theirs.median / time.median,
+                "torch_to_ours_least": theirs.least / time.least,
+            }
+    return record
+
+
+class Trainer:
+    """One run's training step as `jaxrec train` compiles it, its state, and one batch."""
+
+    def __init__(self, sizes: Sizes, config: HuginnConfig):
+        settings = TrainConfig(steps=1000, batch=sizes.batch, time=sizes.time)
+        steps = build_steps(config, settings, build_mesh("data=1"))
+        tokens, labels, _ = _inputs(sizes, config)
+        self.batch = {
+            "inputs": tokens,
+            "labels": labels,
+            "segment_ids": jnp.ones((sizes.batch, sizes.time), jnp.int32),
+        }
+        self.state, self.merge = steps.init(), steps.merge
+        self.program = timing.compile_program(
+            steps.train, self.state, self.batch, jnp.int32(sizes.depth)
+        )
+
+    def step(self, depth: int) -> Array:
+        """One update with `depth` loops; returns the loss."""
+        self.state, metrics = self.program.call(self.state, self.batch, jnp.int32(depth))
+        return metrics["loss"]
+
+
+@functools.lru_cache(maxsize=1)
+def trainer(sizes: Sizes, config: HuginnConfig) -> Trainer:
+    """The trainer of these sizes; compiled once for the parts that follow each other."""
+    return Trainer(sizes, config)
+
+
+def _inputs(sizes: Sizes, config: HuginnConfig) -> tuple[Array, Array, Array]:
+    """Tokens and labels (b t), and an initial latent state (b t d)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (sizes.batch, sizes.time)
+    tokens, labels = (
+        jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32) for key in keys[:2]
+    )
+    return tokens, labels, 0.4**0.5 * jax.random.normal(keys[2], (*shape, config.width))
+
+
+def _torch_calls(
+    peer: Any,
+    config: HuginnConfig,
+    sizes: Sizes,
+    tensors: dict[str, np.ndarray],
+    tokens: Array,
+    labels: Array,
+    latent: Array,
+) -> dict[str, Callable[[], Any]]:
+    import torch
+
+    torch.set_num_threads(timing.cpu_threads())
+    model = peer.load(config, tensors)
+    inputs, targets, start = _to_torch(tokens, labels, latent)
+    settings = OptimizerConfig()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(inputs, start, sizes.depth, 0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        drawn = 0.4**0.5 * torch.randn_like(start)
+        logits = model(inputs, drawn, sizes.depth - sizes.graded, sizes.graded)
+        _torch_loss(logits, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
+        optimizer.step()
+
+    return {"torch forward": forward, "torch step": step}
+
+
+def _torch_loss(logits: Any, labels: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def _to_torch(*arrays: Array) -> list[Any]:
+    """Copies; integers as int64, which PyTorch's indices and labels are."""
+    import torch
+
+    tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+    return [x if x.is_floating_point() else x.long() for x in tensors]
+
+
+def measure_depth(
+    sizes: Sizes, mlp_width: int, depths: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """One compiled training step at several depths: depth is an argument of the program."""
+    config = sizes.model(mlp_width)
+    train = trainer(sizes, config)
+    times = timing.race(
+        {str(depth): functools.partial(train.step, depth) for depth in depths}, rounds
+    )
+    records = []
+    for depth in depths:
+        time = times[str(depth)]
+        work = config.flops_per_token(sizes.time, depth, training=True) * sizes.batch * sizes.time
+        records.append(
+            {
+                "part": "depth",
+                "depth": depth,
+                "mlp_width": mlp_width,
+                "median_s": time.median,
+                "least_s": time.least,
+                "gflop": work / 1e9,
+                "gflop_per_s": work / 1e9 / time.least,
+                "programs_compiled": 1,
+                "compile_s": train.program.compile_seconds,
+            }
+        )
+    return records
+
+
+def measure_compilation(
+    sizes: Sizes, mlp_width: int, depths: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Compile time of the loss and its gradient, depth fixed in the program, every loop graded."""
+    config = sizes.model(mlp_width)
+    model = config.build(rngs=nnx.Rngs(0))
+    tokens, labels, latent = _inputs(sizes, config)
+    records = []
+    for depth in sorted({min(depths), max(depths)}):
+
+        def loss(model: Huginn, depth: int = depth) -> Array:
+            logits = model(tokens, depth=depth, grad_steps=depth, latent=latent)[0]
+            return cross_entropy(logits, labels)
+
+        program = timing.compile_program(jax.value_and_grad(loss), model)
+        timing.say(f"gradient through {depth} loops: compiled in {program.compile_seconds:.1f} s")
+        records.append(
+            {
+                "part": "compile",
+                "depth": depth,
+                "mlp_width": mlp_width,
+                "compile_s": program.compile_seconds,
+                "temp_mib": program.temp_mib,
+            }
+        )
+    return records
+
+
+def measure_decoding(
+    sizes: Sizes, mlp_width: int, depths: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """Greedy continuation of one prompt from the cache, reading the prompt included."""
+    model = sizes.model(mlp_width).build(rngs=nnx.Rngs(0))
+    prompt = list(range(1, sizes.prompt + 1))
+    calls = {
+        str(depth): functools.partial(
+            complete,
+            model,
+            [prompt],
+            max_new_tokens=sizes.new_tokens,
+            depth=depth,
+            config=SamplingConfig(temperature=0),
+        )
+        for depth in depths
+    }
+    times = timing.race(calls, rounds)
+    return [
+        {
+            "part": "decode",
+            "depth": depth,
+            "mlp_width": mlp_width,
+            "median_s": times[str(depth)].median,
+            "least_s": times[str(depth)].least,
+            "prompt": sizes.prompt,
+            "new_tokens": sizes.new_tokens,
+            "tokens_per_s": sizes.new_tokens / times[str(depth)].median,
+        }
+        for depth in depths
+    ]
+
+
+def tables(report: dict[str, Any]) -> list[Any]:
+    """One table per part."""
+    from rich.table import Table
+
+    def table(title: str, columns: str, rows: list[list[str]]) -> Any:
+        made = Table(title=title)
+        for column in columns.split("|"):
+            made.add_column(column.strip(), justify="right")
+        for row in rows:
+            made.add_row(*row)
+        return made
+
+    def of(part: str) -> list[dict[str, Any]]:
+        return [record for record in report["results"] if record["part"] == part]
+
+    found, sizes = [], report["sizes"]
+    if of("step"):
+        rows = []
+        for record in of("step"):
+            for what in ("forward", "step"):
+                x = record[what]
+                theirs = ["-", "-"]
+                if "torch_median_s" in x:
+                    theirs = [
+                        f"{x['torch_median_s']:.3f} ({x['torch_least_s']:.3f})",
+                        f"{x['torch_to_ours_median']:.2f} ({x['torch_to_ours_least']:.2f})",
+                    ]
+                rows.append(
+                    [
+                        str(record["mlp_width"]),
+                        what,
+                        f"{x['median_s']:.3f} ({x['least_s']:.3f})",
+                        *theirs,
+                        f"{x['figure_to_ours']:.2f}",
+                        f"{x['gflop']:.1f}",
+                        f"{x['gflop_per_s']:.0f} of {record['peak_gflop_per_s']:.0f}",
+                        f"{x['bound_s']:.3f}",
+                        f"{x['compile_s']:.1f}",
+                    ]
+                )
+        title = (
+            f"Huginn, width {sizes['width']}, {'+'.join(map(str, sizes['layers']))} blocks, batch"
+            f" {sizes['batch']} x {sizes['time']}, {sizes['depth'] - sizes['graded']} ungraded +"
+            f" {sizes['graded']} graded loops; torch {report['torch'] or 'not installed'}"
+        )
+        columns = (
+            "MLP | what | s: median (least) | torch s | torch / ours | figure / ours | GFLOP"
+            " | GFLOP/s of peak | s at peak | compile s"
+        )
+        found.append(table(title, columns, rows))
+    if of("depth"):
+        rows = [
+            [
+                str(x["depth"]),
+                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
+                f"{x['gflop']:.1f}",
+                f"{x['gflop_per_s']:.0f}",
+            ]
+            for x in of("depth")
+        ]
+        title = (
+            f"a training step by depth, one program compiled in {of('depth')[0]['compile_s']:.1f} s"
+        )
+        found.append(table(title, "loops | s: median (least) | GFLOP | GFLOP/s", rows))
+    if of("compile"):
+        rows = [
+            [str(x["depth"]), f"{x['compile_s']:.1f}", f"{x['temp_mib'] or 0:.0f}"]
+            for x in of("compile")
+        ]
+        title = "gradient through all loops, their number fixed when compiled"
+        found.append(table(title, "loops | compile s | temp MiB", rows))
+    if of("decode"):
+        rows = [
+            [
+                str(x["depth"]),
+                f"{x['tokens_per_s']:.0f}",
+                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
+            ]
+            for x in of("decode")
+        ]
+        title = f"cached decoding, {sizes['new_tokens']} tokens after a prompt of {sizes['prompt']}"
+        found.append(table(title, "loops | tokens/s | s: median (least)", rows))
+    return found

@@ -1,0 +1,183 @@
+"""Timing on a machine that others use too: all is compiled first, then runs in turns."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+import jaxrec
+from jaxrec.errors import UserError
+
+MIB = 2.0**20
+
+
+class WrongNumbers(Exception):
+    """A candidate does not compute what it should, so its speed is of no interest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What several runs of one candidate took, in seconds."""
+
+    median: float
+    least: float
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled function with its arguments' shapes fixed."""
+
+    call: Callable[..., Any]
+    compile_seconds: float  # tracing and compiling
+    temp_mib: (
+        float | None
+    )  # scratch memory of a call beyond arguments and results; None: not reported
+
+
+def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Traces and compiles `function` for these arguments; it may be jitted already."""
+    start = time.perf_counter()
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+    compiled = jitted.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Program(compiled, seconds, None if memory is None else memory.temp_size_in_bytes / MIB)
+
+
+def race(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Runs all candidates in turns, `rounds` times, after one run each that does not count.
+
+    In turns, because the speed of a machine drifts: what is timed one after another meets different
+    machines.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(s), min(s), rounds) for name, s in seconds.items()}
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Inside, compiling compiles: programs kept from earlier runs are not used."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether the cache is in use
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def machine() -> dict[str, Any]:
+    """What a timing depends on beside the code: devices, versions, processor, load, date."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cpu_threads": cpu_threads(),
+        "load_average": load_average(),
+        "jaxrec": jaxrec.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def load_average() -> float | None:
+    """Processes that ran or wanted to, over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def say(text: str) -> None:
+    """Progress, on standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def publish(
+    report: dict[str, Any],
+    tables: Callable[[dict[str, Any]], Sequence[Any]],
+    *,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Prints a report as tables or JSON lines, the machine first, and writes a file if asked."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        head = {name: value for name, value in report.items() if name != "results"}
+        for line in (head, *report["results"]):
+            print(json.dumps(line))
+        return
+    from rich.console import Console
+
+    # A file or a pipe has no width; rich would cut the tables at 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    where = report["machine"]
+    console.print(
+        f"{where['cpu']}, {where['cpu_threads']} threads, device {where['device']},"
+        f" jax {where['jax']}, jaxlib {where['jaxlib']}, load {where['load_average']},"
+        f" {where['date']}",
+        highlight=False,
+    )
+    for table in tables(report):
+        console.print(table, highlight=False)
+    if out is not None:
+        console.print(f"written to {out}", highlight=False)
+
+
+def check_out(out: Path | None) -> None:
+    """Refuses a place that cannot be written before minutes are spent on what it should hold.
+
+    Raises:
+      UserError: `out` is a folder, or lies below something that is not a folder.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file in it.")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(
+            f"--out {out} cannot be written: {above} is not a folder that may be changed."
+        )

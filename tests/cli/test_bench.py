@@ -1,0 +1,150 @@
+"""`jaxrec bench`: what it refuses to time, what it writes, and that every part of it runs."""
+
+import contextlib
+import importlib.util
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxrec.cli import bench, bench_scan, bench_train, main, timing
+from jaxrec.ops.time import linear_scan
+
+
+@pytest.fixture(autouse=True)
+def _kept_programs(monkeypatch):
+    """Compile times mean nothing here, so programs of earlier test runs may be used."""
+    monkeypatch.setattr(timing, "without_compilation_cache", contextlib.nullcontext)
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [x for part in value.values() for x in numbers(part)]
+    return [value] if isinstance(value, float) else []
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_scan_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "new" / "scan.json"
+    options = ["--smoke", "--methods", "auto", "chunked", "--json", "--out", str(out)]
+    assert main.main(["bench", "scan", *options]) == 0
+    head, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records
+    assert report["machine"] == head["machine"]
+    assert {"device", "jax", "jaxlib", "cpu", "date", "load_average"} <= set(head["machine"])
+    names = {record["candidate"] for record in records}
+    assert {"lax.scan", "lax.associative_scan", "jaxrec auto", "jaxrec chunked"} <= names
+    assert all(0 < x < math.inf for record in records for x in numbers(record))
+
+
+def test_train_times_decoding(tmp_path, capsys):
+    out = tmp_path / "train.json"
+    options = ["--smoke", "--parts", "decode", "--json", "--out", str(out)]
+    assert main.main(["bench", "train", *options]) == 0
+    head, record = json_lines(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == head | {"results": [record]}
+    assert record["part"] == "decode" and record["tokens_per_s"] > 0
+
+
+@pytest.mark.slow  # four programs of a training step to compile
+def test_train_times_every_part(tmp_path, capsys):
+    out = tmp_path / "train.json"
+    arguments = bench.TrainArguments(smoke=True, json=True, out=out)
+    assert bench.run(arguments) == 0
+    head, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records
+    assert head["sizes"]["graded"] == 2
+    parts = ["step", "depth", "depth", "compile", "compile", "decode"]
+    assert [record["part"] for record in records] == parts
+    assert all(0 <= x < math.inf for record in records for x in numbers(record))
+    # The same report as a person reads it.
+    timing.publish(report, bench_train.tables, as_json=False, out=None)
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed and "GFLOP/s of peak" in printed
+
+
+def wrong_last_state(a, b, h0):
+    h, last = linear_scan(a, b, h0)
+    return h, 1.0001 * last
+
+
+def wrong_gradient(a, b, h0):
+    return linear_scan(lax.stop_gradient(a), b, h0)
+
+
+def not_a_number(a, b, h0):
+    h, last = linear_scan(a, b, h0)
+    return h * jnp.nan, last
+
+
+@pytest.mark.parametrize(
+    "candidate, what", [(wrong_last_state, "last"), (wrong_gradient, "da"), (not_a_number, "h")]
+)
+def test_a_wrong_candidate_is_not_timed(monkeypatch, capsys, tmp_path, candidate, what):
+    monkeypatch.setattr(bench_scan, "ours", lambda methods: {"jaxrec auto": candidate})
+    monkeypatch.setattr(bench_scan, "measure", None)  # calling it would fail
+    out = tmp_path / "scan.json"
+    assert bench.run(bench.ScanArguments(smoke=True, out=out)) == 1
+    printed = capsys.readouterr()
+    assert f"jaxrec auto is wrong: {what} differs" in printed.err
+    assert printed.out == ""
+    assert not out.exists()
+
+
+def test_every_method_passes_the_check():
+    for name, scan in bench_scan.ours(["sequential", "associative", "chunked"]).items():
+        bench_scan.check(name, scan)
+
+
+def test_the_peers_agree_with_the_definition():
+    for name, scan in bench_scan.peers().items():
+        bench_scan.check(name, scan)
+
+
+def test_a_torch_program_that_differs_is_not_timed(monkeypatch, capsys):
+    errors = {"the logits": 1e-7, "the gradient of transformer.adapter.weight": float("nan")}
+    monkeypatch.setattr(bench_train, "load_peer", lambda: "a peer")
+    monkeypatch.setattr(bench_train, "peer_errors", lambda peer: errors)
+    monkeypatch.setattr(bench_train, "measure_step", None)  # calling it would fail
+    assert bench.run(bench.TrainArguments(smoke=True, parts=("step",))) == 1
+    assert "the gradient of transformer.adapter.weight by nan" in capsys.readouterr().err
+
+
+def test_the_torch_program_agrees_where_it_is_installed():
+    peer = bench_train.load_peer()
+    assert (peer is None) == (importlib.util.find_spec("torch") is None)
+    if peer is not None:
+        bench_train.check_peer(peer)
+
+
+def test_candidates_run_in_turns():
+    order = []
+    times = timing.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert times["a"].rounds == 2 and 0 <= times["a"].least <= times["a"].median
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["scam"], "no benchmark 'scam'. Did you mean scan?"),
+        (["scan", "--shapes", "8,4096"], "'8,4096' is not a shape; expected b,t,d"),
+        (["scan", "--methods", "magic"], "linear_scan has no method 'magic'"),
+        (["scan", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["scan", "--round", "3"], "--round"),
+        (["train", "--depths", "0"], "--depths: expected numbers >= 1"),
+        (["train", "--out", "."], "is a folder"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, words):
+    assert main.main(["bench", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
