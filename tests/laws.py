@@ -393,7 +393,6 @@ def linear_rnn() -> Subject:
 
 
 SUBJECTS = [
-    scan("auto"),
     *(
         scan(method, dtype, reverse=reverse)
         for method in ("sequential", "associative", "chunked")

@@ -1,5 +1,7 @@
 """Rematerialisation changes memory and nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ def inputs(steps=STEPS):
     return carry, {"u": rng.normal(size=(steps, WIDTH)).astype(np.float32)}
 
 
+@functools.cache
 def value_and_gradient(remat):
     def loss(carry, xs):
         last, ys = remat_scan(body, carry, xs, remat=remat)
@@ -31,7 +34,7 @@ def value_and_gradient(remat):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 9, 11])
+@pytest.mark.parametrize("steps", [1, 9, 11])
 @pytest.mark.parametrize("remat", ["block", "sqrt"])
 def test_values_and_gradients_are_those_of_a_plain_scan(remat, steps):
     want = value_and_gradient("none")(*inputs(steps))
