@@ -38,7 +38,7 @@ def linear_scan(
         the last step.
       reverse: run from the last step to the first, h_t = a_t * h_{t+1} + b_t.
       reset: bool, (b t). True: the state that enters this step, in the direction of the scan, is
-        zero.
+        zero. It is a decay of zero: a state that has overflowed to infinity is not stopped by it.
       method: "sequential" is one pass over time with the least memory; "associative" has O(log t)
         depth and a trace that grows with log t; "chunked" has O(sqrt t) depth in three passes;
         "auto" is sequential on CPU and chunked on accelerators.
@@ -94,6 +94,13 @@ def _check(
     state_shape = b.shape[:1] + b.shape[2:]
     if h0 is not None and h0.shape != state_shape:
         raise ValueError(f"linear_scan: h0 must be (b ...) = {state_shape}, got {h0.shape}.")
+    if (
+        h0 is not None
+        and jnp.iscomplexobj(h0)
+        and not jnp.iscomplexobj(a)
+        and not jnp.iscomplexobj(b)
+    ):
+        raise ValueError(f"linear_scan: h0 is {h0.dtype} while a and b are real; make b complex.")
     if reset is not None and (reset.shape != b.shape[:2] or reset.dtype != jnp.bool_):
         raise ValueError(
             f"linear_scan: reset must be bool (b t) = {b.shape[:2]},"
@@ -124,11 +131,42 @@ def _scan_forward(a, b, h0, reverse, method):  # type: ignore[no-untyped-def]
 def _scan_backward(reverse, method, residuals, cotangents):  # type: ignore[no-untyped-def]
     a, h, h0 = residuals
     dh, dlast = cotangents
-    one_step = functools.partial(_shifted, towards_start=not reverse)
-    db, first = _scan(one_step(a, jnp.ones_like(a[:, 0])), dh, dlast, not reverse, method)
+    if method == "auto":
+        db, dh0 = lax.platform_dependent(
+            a,
+            dh,
+            dlast,
+            cpu=functools.partial(_sequential_adjoint, reverse=reverse),
+            default=functools.partial(_adjoint, reverse=reverse, method="chunked"),
+        )
+    elif method == "sequential":
+        db, dh0 = _sequential_adjoint(a, dh, dlast, reverse=reverse)
+    else:
+        db, dh0 = _adjoint(a, dh, dlast, reverse=reverse, method=method)
     h_before = _shifted(h, h0.astype(h.dtype), towards_start=reverse)
-    a_first = a[:, -1 if reverse else 0].astype(first.dtype)
-    return db * h_before, db, a_first * first
+    return db * h_before, db, dh0
+
+
+def _adjoint(
+    a: Array, dh: Array, dlast: Array, *, reverse: bool, method: Method
+) -> tuple[Array, Array]:
+    """db and dh0: the recurrence run backwards, with the decay of the step that follows."""
+    decay = _shifted(a, jnp.ones_like(a[:, 0]), towards_start=not reverse)
+    db, first = _scan(decay, dh, dlast, not reverse, method)
+    return db, a[:, -1 if reverse else 0].astype(first.dtype) * first
+
+
+def _sequential_adjoint(a: Array, dh: Array, dlast: Array, *, reverse: bool) -> tuple[Array, Array]:
+    """The same in one loop, which multiplies after it has added: no shifted copy of a is made."""
+
+    def step(carry: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        a_t, dh_t = inputs
+        db = dh_t.astype(carry.dtype) + carry
+        return a_t.astype(carry.dtype) * db, db.astype(dh.dtype)
+
+    time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(dh, 0, 1))
+    dh0, db = lax.scan(step, dlast, time_major, reverse=not reverse)
+    return jnp.swapaxes(db, 0, 1), dh0
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
