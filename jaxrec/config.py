@@ -68,6 +68,8 @@ def load_object(path: str) -> Any:
         )
     try:
         module = importlib.import_module(module_name)
+    except (TypeError, ValueError) as error:  # a relative or an empty name
+        raise UserError(f"{module_name!r} is not the full name of a module.") from error
     except ModuleNotFoundError as error:
         if error.name is not None and not module_name.startswith(error.name):
             raise  # the module exists; something that it imports is missing

@@ -47,7 +47,9 @@ def test_imports_point_left(path):
     assert part in MAY_IMPORT, f"say in MAY_IMPORT what jaxrec/{part} may import"
     parts, packages = MAY_IMPORT[part]
     names = [name.split(".") for name in imports(path)]
-    ours = {name[1] for name in names if name[0] == "jaxrec" and name[1:] not in ([], ["__version__"])}
+    ours = {
+        name[1] for name in names if name[0] == "jaxrec" and name[1:] not in ([], ["__version__"])
+    }
     assert ours <= parts | {part, "errors", "config"}
     others = {name[0] for name in names} - {"jaxrec"} - sys.stdlib_module_names
     assert packages is None or others <= packages

@@ -24,7 +24,10 @@ COMMANDS = {
 }
 MODULES = {"eval": "evaluate", "list": "list_systems"}
 EXIT_BAD_INPUT = 2
-NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+ABOUT_FILES = (  # not ours to prevent: no room, no right, or a file where a folder should be
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
         return 141
     except OSError as error:
-        if error.errno not in NO_ROOM_OR_RIGHT:
+        if error.errno not in ABOUT_FILES:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(
-            f"jaxrec: cannot write{where}: {error.strerror}. What was saved before is intact;"
-            " make room, or choose another folder, and repeat the command.",
+            f"jaxrec: cannot use{where}: {error.strerror}. What was saved before is intact;"
+            " make room or choose another place, and repeat the command.",
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT

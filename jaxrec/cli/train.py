@@ -1,6 +1,7 @@
 """`jaxrec train MODEL`: trains a language model on text, and ends with what it has learned."""
 
 import dataclasses
+import importlib
 import json
 import shlex
 import sys
@@ -18,7 +19,8 @@ from jaxrec.training.config import TrainConfig
 HELP = """usage: jaxrec train MODEL [options]
 
 MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY; `jaxrec list` shows all.
-Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others."""
+Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others.
+--config FILE reads options from YAML or JSON, with the model's fields under "model"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     of the model under "model"; options override it.
     """
     from jaxrec.cli.main import read_arguments
+    from jaxrec.models.protocol import LanguageModelConfig
 
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -48,14 +51,15 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
             f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}"
         )
     model = load_object(path)
-    if not dataclasses.is_dataclass(model) or not hasattr(model, "build"):
+    if isinstance(model, type) or not isinstance(model, LanguageModelConfig):
         raise UserError(f"{path} is not a model configuration; `jaxrec list` shows them.")
     config, rest = TrainConfig(), _with_short_data(rest)
+    rest = [part for word in rest for part in _split_config(word)]
     if "--config" in rest:
         index = rest.index("--config")
         if index + 1 == len(rest):
             raise UserError("--config needs a file, YAML or JSON.")
-        config, model = _read_config(Path(rest[index + 1]), config, model)
+        config, model = _read_config(Path(rest[index + 1]), model)
         del rest[index : index + 2]
     arguments = dataclasses.make_dataclass(
         "Arguments",
@@ -93,28 +97,34 @@ def run(parsed: tuple[str, Any]) -> int:
         stream=sys.stdout,
     )
     folder = outcome.run.folder
-    again = f"jaxrec train {path} {_changed(parsed)}".strip()
     if outcome.stopped_by is not None:
         print(
-            f"{outcome.stopped_by}: saved step {outcome.step} in {folder}. Go on with:\n  {again}"
+            f"{outcome.stopped_by}: saved step {outcome.step} in {folder}. Go on with:\n"
+            f"  {command_line(path, arguments)}"
         )
         return 0
-    _conclude(outcome, again)
+    longer = dataclasses.replace(arguments.train, steps=2 * arguments.train.steps)
+    _conclude(outcome, command_line(path, dataclasses.replace(arguments, train=longer)))
     return 0
 
 
-def _conclude(outcome: Any, again: str) -> None:
+def _conclude(outcome: Any, go_on: str) -> None:
     from jaxrec.training.report import plot_curves, write_report
 
     run, folder = outcome.run, outcome.run.folder
     report = write_report(outcome)
     mean = run.model_config.mean_depth
     print(f"\nValidation bits per byte after {outcome.step} steps ({run.data['source']}):")
+    print(
+        f"(model: {report['tokens']:,} tokens in windows of {run.config.time} spread over the text,"
+        " each from an empty context;"
+        f"\n gzip and the byte model: {report['baselines']['bytes']:,} bytes in a row)"
+    )
     for depth, bits in report["bits_per_byte"].items():
         name = "model" if depth == "-" else f"depth {depth}"
         note = "  <- mean depth in training" if depth == str(mean) else ""
         print(f"  {name:<20}{bits:7.3f}{note}")
-    for name, bits in report["baselines"].items():
+    for name, bits in report["baselines"]["bits_per_byte"].items():
         print(f"  {name:<20}{bits:7.3f}")
     sample = _sample(outcome.model, outcome.data.tokenizer)
     with (folder / "samples.txt").open("a", encoding="utf-8") as file:
@@ -124,14 +134,18 @@ def _conclude(outcome: Any, again: str) -> None:
     print(
         f"Curves: {picture}" if picture else "No curves: matplotlib is missing (extra notebooks)."
     )
-    deeper = "" if mean is None else f" --depth {2 * mean}"
-    print(
-        f"Generate:  jaxrec generate {shlex.quote(str(folder))} --prompt 'def '{deeper}\n"
-        f"Evaluate:  jaxrec eval {shlex.quote(str(folder))}\n"
-        f"Go on:     {again} --steps {2 * run.config.steps}\n"
-        f"Scale up:  jaxrec train {run.model_path.rpartition(':')[0]}:SMALL --precision bfloat16"
-        " --remat block --mesh data=8"
-    )
+    options = "" if mean is None else f" --depth {2 * mean}"
+    average = "" if run.config.optimizer.ema_decay is None else " --ema"
+    where = shlex.quote(str(folder))
+    print(f"Generate:  jaxrec generate {where}{average} --prompt 'def '{options}")
+    print(f"Evaluate:  jaxrec eval {where}{average}")
+    print(f"Go on:     {go_on}")
+    module = run.model_path.rpartition(":")[0]
+    if hasattr(importlib.import_module(module), "SMALL"):
+        print(
+            f"Scale up:  jaxrec train {module}:SMALL --data {shlex.quote(run.config.data.source)}"
+            " --precision bfloat16 --remat block --mesh data=8"
+        )
 
 
 def _sample(model: Any, tokenizer: Any, tokens: int = 200) -> str:
@@ -153,16 +167,13 @@ def _sample(model: Any, tokenizer: Any, tokens: int = 200) -> str:
     return tokenizer.decode(ids).decode("utf-8", errors="replace")
 
 
-def _changed(parsed: tuple[str, Any]) -> str:
-    """The options that differ from the defaults, as one would type them; --steps is left out."""
-    path, arguments = parsed
+def command_line(path: str, arguments: Any) -> str:
+    """The command that gives these arguments: MODEL, and the options that are not the defaults."""
     pairs = _differences(arguments.model, load_object(path), "model.")
     pairs += _differences(arguments.train, TrainConfig(), "")
     pairs += _differences(arguments.options, Options(), "")
     words = []
     for name, value in pairs:
-        if name == "steps":
-            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             head, dot, tail = flag.rpartition(".")
@@ -171,7 +182,7 @@ def _changed(parsed: tuple[str, Any]) -> str:
             words += [flag, *map(str, value)]
         else:
             words += [flag, str(value)]
-    return shlex.join(words)
+    return shlex.join(["jaxrec", "train", path, *words])
 
 
 def _differences(config: Any, default: Any, prefix: str) -> list[tuple[str, Any]]:
@@ -193,7 +204,12 @@ def _with_short_data(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def _read_config(file: Path, config: TrainConfig, model: Any) -> tuple[TrainConfig, Any]:
+def _split_config(word: str) -> list[str]:
+    """`--config=FILE` as two words."""
+    return ["--config", word[9:]] if word.startswith("--config=") else [word]
+
+
+def _read_config(file: Path, model: Any) -> tuple[TrainConfig, Any]:
     import yaml
 
     try:
@@ -203,10 +219,11 @@ def _read_config(file: Path, config: TrainConfig, model: Any) -> tuple[TrainConf
         raise UserError(f"--config {file}: cannot be read ({error}).") from error
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file}: {error}") from error
-    if not isinstance(content, dict):
+    changes = content.pop("model", {}) if isinstance(content, dict) else None
+    if not isinstance(changes, dict):
         raise UserError(
-            f"--config {file}: expected fields of the training configuration and 'model'."
+            f"--config {file}: expected fields of the training configuration, and under 'model'"
+            " fields of the model."
         )
-    changes = content.pop("model", {})
     known = dataclasses.asdict(model)
     return from_dict(TrainConfig, content), from_dict(type(model), known | changes, where="model.")

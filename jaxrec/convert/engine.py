@@ -98,14 +98,18 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     Raises:
       UserError: no table fits the model, or the directory holds a checkpoint already.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     table, folder = find(system or type(model).__module__.rpartition(".")[2]), Path(directory)
-    target = folder / "model.safetensors"
-    if target.exists():
-        raise UserError(f"{target} exists; choose another directory or remove it first.")
+    there = [*folder.glob("config.json"), *folder.glob("*.safetensors*")]
+    if there:
+        raise UserError(f"{there[0]} exists; choose another directory or remove it first.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_tensors(table, model), target, metadata={"format": "pt"})
+    try:
+        save_file(to_tensors(table, model), folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"Cannot write {folder}: {error}. Make room, or choose another.") from error
     (folder / "config.json").write_text(
         json.dumps(table.write_config(model.config), indent=2) + "\n"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrec.config import from_dict
 from jaxrec.convert.engine import Rule, Shape, System, same, transposed
 from jaxrec.errors import UserError, nearest
 from jaxrec.models.huginn import HuginnConfig
@@ -64,14 +65,12 @@ def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
             raise UserError(
                 f"huginn: {name} must equal n_heads {data['n_heads']}, got {data[name]}."
             )
-    multiple = data.get("padding_multiple", 1)
-    vocab_size = -(-data["vocab_size"] // multiple) * multiple
-    try:
-        return HuginnConfig(
-            vocab_size=vocab_size, **{ours: data[name] for name, ours in FIELDS.items()}
-        )
-    except ValueError as error:
-        raise UserError(f"huginn: config.json: {error}") from error
+    sizes = data["vocab_size"], data.get("padding_multiple", 1)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"huginn: vocab_size and padding_multiple must be counts, got {sizes}.")
+    vocab_size = -(-sizes[0] // sizes[1]) * sizes[1]
+    ours = {field: data[name] for name, field in FIELDS.items()}
+    return from_dict(HuginnConfig, {"vocab_size": vocab_size, **ours})
 
 
 def _write_config(config: HuginnConfig) -> dict[str, Any]:

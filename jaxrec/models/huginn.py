@@ -240,14 +240,15 @@ class Huginn(nnx.Module):
 
         Args:
           tokens: int (b t).
-          state: cache of the tokens so far, from `init_state`; None keeps nothing. Its capacity and
-            depth are not exceeded silently only if the caller sees to it.
+          state: cache of the tokens so far, from `init_state`; None keeps nothing. More tokens than
+            its capacity, or more loops than its depth, overwrite its end without a word.
           segment_ids: int (b t), documents packed in a row; see `ops.attention.open_view`.
           depth: number of loops, int or traced int32; the trained mean if None. Without a state any
             number.
           key: draws the initial latent state; None begins at zero.
           latent: the initial latent state itself, (b t d) float32, instead of a key.
-          grad_steps: loops that the gradient passes through; config.backprop_depth if None.
+          grad_steps: loops that the gradient passes through; None: config.backprop_depth without a
+            state, and no gradient at all with one.
           remat: what the gradient stores, see `ops.depth.remat_scan`.
 
         Returns:
@@ -291,21 +292,22 @@ class Huginn(nnx.Module):
         grad_steps: int | None = None,
         remat: RematPolicy = "none",
     ) -> tuple[Array, attention.KVCache | None, IterateInfo]:
-        """Loops the core `depth` times from the latent state s (b t d); returns s^depth, cache and
-        info.
-        """
+        """Loops the core from the latent state s (b t d); returns s^depth, cache and info."""
+        # One recomputation is enough: "block" is left to the blocks, "sqrt" to the loop over them.
+        per_block: RematPolicy = "block" if remat == "block" else "none"
+        per_loop: RematPolicy = "sqrt" if remat == "sqrt" else "none"
         with jax.named_scope("core"):
             injected = self.adapter_input(embedded)
 
             def loop(z: Latent) -> Latent:
                 x = self.adapter_latent(z.state) + injected
-                x, cache = self._run(self.core, x, view, z.cache, z.slot, remat)
+                x, cache = self._run(self.core, x, view, z.cache, z.slot, per_block)
                 return Latent(x.astype(jnp.float32), cache, z.slot + self.config.core_layers)
 
             if grad_steps is None and cache is None:
                 grad_steps = self.config.backprop_depth
             start = Latent(latent, cache, jnp.asarray(self.config.prelude_layers, jnp.int32))
-            end, info = iterate(loop, start, depth, grad_steps=grad_steps, remat=remat)
+            end, info = iterate(loop, start, depth, grad_steps=grad_steps, remat=per_loop)
         return end.state, end.cache, info
 
     def predict(
@@ -348,10 +350,7 @@ class Huginn(nnx.Module):
             return (x, cache, slot + 1), None
 
         start = (x, cache, jnp.asarray(slot, jnp.int32))
-        # sqrt is for the long loop in depth; a handful of blocks is recomputed one at a time.
-        (x, cache, _), _ = remat_scan(
-            body, start, blocks, remat="none" if remat == "none" else "block"
-        )
+        (x, cache, _), _ = remat_scan(body, start, blocks, remat=remat)
         return x, cache
 
 

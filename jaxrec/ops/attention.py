@@ -76,7 +76,8 @@ def open_view(
       cache: tokens so far, or None: there are none and none will be kept.
       shape: (b, t) of the tokens that come. A cache must have room for them: indices beyond the
         capacity would silently overwrite its end, so whoever allocates the cache checks.
-      segment_ids: int32 (b t) >= 0; a token sees only tokens of its own segment, and positions
+      segment_ids: int32 (b t) >= 0, an id not used again after another one in its row; a token sees
+        only tokens of its own segment, and positions
         restart where a segment begins. None: the last token's segment goes on.
 
     Returns:

@@ -1,9 +1,8 @@
 """Checkpoints of a training run: saved in the background by Orbax, verified when they are read.
 
-    <directory>/<step>/{params,ema,rest}    the arrays, see `jaxrec.training.manifest`
-    <directory>/<step>/meta                 layout version, what the caller noted, and dtype, shape
-    and fingerprint
-                                            of every array
+    <directory>/<step>/{params,ema,rest}  the arrays, see `jaxrec.training.manifest`
+    <directory>/<step>/meta               layout version, what the caller noted, and dtype, shape
+                                          and fingerprint of every array
 
 Restoring gives back the saved bits, on any mesh, or one line that names the folder and what to do.
 """

@@ -83,10 +83,11 @@ class DataConfig:
     tokenizer: str = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
     valid_fraction: float = 0.05
-    """Share of the documents that is kept apart for validation, in (0, 1)."""
+    """Share of the documents that is kept apart for validation, in (0, 0.5]."""
 
     def __post_init__(self) -> None:
-        _fraction("data.valid_fraction", self.valid_fraction, "(0, 1)")
+        if not 0 < self.valid_fraction <= 0.5:
+            raise UserError(f"data.valid_fraction must lie in (0, 0.5]; got {self.valid_fraction}.")
         for name in ("source", "tokenizer"):
             if not getattr(self, name):
                 raise UserError(f"data.{name} is empty; expected a name or a path.")
@@ -123,7 +124,7 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
     eval_batches: int = 4
-    """Validation batches per evaluation, >= 1."""
+    """Validation batches per evaluation, >= 1; the one at the end reads four times as many."""
     eval_depths: tuple[int, ...] | None = None
     """Loop counts at which a looped model is evaluated, each >= 1; None takes powers of two around
     its mean depth."""

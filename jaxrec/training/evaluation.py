@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxrec.errors import UserError
 from jaxrec.models.protocol import LanguageModelConfig
 from jaxrec.training import sharding
 from jaxrec.training.config import TrainConfig
@@ -62,6 +63,13 @@ def evaluate_run(
     model, tokenizer, run, step = load_model(folder, step=step, ema=ema)
     old = run.config
     data = load_data(source or old.data.source, tokenizer.name, old.data.valid_fraction)
+    if data.tokenizer.name != tokenizer.name:
+        raise UserError(
+            f"{source} holds tokens of {data.tokenizer.name}; the model of {folder} reads"
+            f" {tokenizer.name}. Give the text itself, or a folder made with that tokenizer."
+        )
+    if depths is not None and run.model_config.mean_depth is None:
+        raise UserError(f"The model of {folder} has no loop. Leave --depths out.")
     config = dataclasses.replace(old, eval_depths=depths or old.eval_depths)
     mesh = sharding.build_mesh("data=1")
     with jax.set_mesh(mesh):

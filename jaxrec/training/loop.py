@@ -27,6 +27,9 @@ from jaxrec.training.progress import RunProgress
 from jaxrec.training.runs import Run, check_same_run, read_run
 from jaxrec.training.step import build_steps
 
+FINAL = 4
+"""So many times the text of an evaluation on the way is read by the one at the end."""
+
 Sample = Callable[[Any, Any], str]  # (model, tokenizer) -> text
 # Step, depth, metrics and batch of a step that the device may still work on.
 Settling = tuple[int, int | None, dict[str, jax.Array], Batch]
@@ -82,8 +85,11 @@ def train(
     run = Run(runs / name, model_path, model_config, config, data.provenance)
     steps = build_steps(model_config, config, mesh)
     batches = Batches(data.train, batch=config.batch, time=config.time, seed=config.seed)
-    if (run.folder / "run.json").exists():
-        check_same_run(read_run(run.folder), run)
+    old = read_run(run.folder) if (run.folder / "run.json").exists() else None
+    if old is not None:
+        check_same_run(old, run)
+    elif resume:
+        raise UserError(f"--resume: there is no run {run.folder}. Leave --resume out to begin.")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -92,6 +98,11 @@ def train(
         if resume and first is None:
             raise UserError(
                 f"--resume: {run.folder} holds no checkpoint. Leave --resume out to begin."
+            )
+        if first is not None and first > config.steps:
+            raise UserError(
+                f"{run.folder} has made {first} steps already; --steps {config.steps} is less."
+                " Ask for more, or choose another --name."
             )
         state = steps.init() if first is None else checkpoints.restore(first, steps.abstract)
         first = first or 0
@@ -115,6 +126,11 @@ def train(
         progress = stack.enter_context(RunProgress(config.steps, start=first, stream=stream))
         if first:
             progress.note(f"Going on from step {first} of {run.folder}.")
+            if old and old.config.steps != config.steps and config.optimizer.schedule != "constant":
+                progress.note(
+                    f"The learning rate follows a run of {config.steps} steps from here on;"
+                    f" so far it followed one of {old.config.steps}."
+                )
         meter = Meter(model_config, config, data, mesh.size)
 
         def settle(waiting: Settling, state: dict[str, Any]) -> None:
@@ -134,11 +150,9 @@ def train(
                 shown = ("loss", "bits_per_byte", "tokens_per_second")
                 progress.update(step + 1, **{name: line[name] for name in shown})
 
-        def evaluation(step: int) -> Evaluation:
+        def evaluation(step: int, batches: int) -> Evaluation:
             params = state["params"] if state["ema"] is None else state["ema"]
-            result = evaluate(
-                steps, params, model_config, config, data, mesh, batches=config.eval_batches
-            )
+            result = evaluate(steps, params, model_config, config, data, mesh, batches=batches)
             log.log(step, dataclasses.asdict(result), kind="valid")
             progress.note(f"step {step}  validation bits/byte  {result}")
             return result
@@ -161,7 +175,7 @@ def train(
                 settle(waiting, state)
                 waiting = None
             if evaluates:
-                evaluation(step)
+                evaluation(step, config.eval_batches)
             if sample is not None and samples:
                 text = sample(steps.merge(state["params"]), data.tokenizer)
                 with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
@@ -182,7 +196,7 @@ def train(
             step,
             stopped_by=None if done else stopped[0],
             data=data,
-            evaluation=evaluation(step) if done else None,
+            evaluation=evaluation(step, FINAL * config.eval_batches) if done else None,
             model=steps.merge(final),
         )
 

@@ -20,7 +20,7 @@ class MetricsLog:
     """Writes metrics to <folder>/metrics.jsonl, one object per line, each complete as soon as it is
     logged.
 
-    Every line has "step", "kind" (such as "train" or "eval") and "time" (seconds since 1970).
+    Every line has "step", "kind" ("train" or "valid") and "time" (seconds since 1970).
     Values are numbers, strings, None, or lists and dictionaries of them; numpy and jax scalars
     become numbers.
 

@@ -122,9 +122,11 @@ def adam_atan2(
     first gradient and are bias-corrected all the same):
 
         m_t = b1 m_{t-1} + (1 - b1) g           v_t = max(b2 v_{t-1} + (1 - b2) g^2, epsilon^2)
-        c_t = max(1, sqrt(mean(g^2 / v_t)))                                per tensor: tames spikes
-        p  <- (1 - lr_t / lr_peak * weight_decay) p                        decay independent of the
-        peak p  <- p - lr_t / (c_t (1 - b1^t)) * atan2(m_t, sqrt(v_t / (1 - b2^t)))
+        c_t = max(1, sqrt(mean(g^2 / v_t)))
+        p  <- (1 - lr_t / lr_peak * weight_decay) p
+        p  <- p - lr_t / (c_t (1 - b1^t)) * atan2(m_t, sqrt(v_t / (1 - b2^t)))
+
+    c_t is per tensor and tames spikes; the decay does not depend on the peak rate.
 
     Args:
       rate: learning rate as a function of the updates made so far.
@@ -134,7 +136,7 @@ def adam_atan2(
 
     Geiping et al., Scaling up test-time compute with latent reasoning (2025), arXiv:2502.05171;
     atan2: Everett et al. (2024), arXiv:2407.05872; update clipping: Shazeer & Stern (2018),
-      arXiv:1804.04235.
+    arXiv:1804.04235.
     """
     beta1, beta2 = config.beta1, config.beta2
     least = config.epsilon**2

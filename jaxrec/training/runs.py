@@ -1,10 +1,10 @@
 """The folder of a run: what was trained, on what, and how to get the model back.
 
-runs/<name>/run.json          model path and configuration, training configuration, data provenance,
-versions
-           /metrics.jsonl     one line per interval
-           /checkpoints/      by step
-           /samples.txt  curves.png  report.json  bad_batch.npz (after a loss that is not finite)
+runs/<name>/run.json        model and training configuration, data provenance, versions
+           /metrics.jsonl   one line per interval
+           /checkpoints/    by step
+           /samples.txt  curves.png  report.json
+           /bad_batch.npz   after a loss that is not finite
 """
 
 import dataclasses
@@ -126,7 +126,8 @@ def check_same_run(old: Run, new: Run) -> None:
         (f"optimizer.{name}", value, optimizers[1][name]) for name, value in optimizers[0].items()
     ]
     pairs += [
-        (f"data {name}", old.data.get(name), new.data.get(name)) for name in ("sha256", "tokenizer")
+        (f"data {name}", old.data.get(name), new.data.get(name))
+        for name in ("sha256", "tokenizer", "valid_fraction", "tokens")
     ]
     for name, there, here in pairs:
         if there != here:

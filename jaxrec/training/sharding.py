@@ -81,9 +81,8 @@ def parameter_shardings(model: Model, mesh: Mesh) -> Tree:
 
     Args:
       model: a module or its state, real or abstract (`nnx.eval_shape`). The metadata `axes` of a
-        variable names its
-        trailing dimensions; leading ones (stacked layers) and variables without `axes` are not
-        split.
+        variable names its trailing dimensions; leading ones (stacked layers) and variables without
+        `axes` are not split.
       mesh: the mesh.
 
     Raises:

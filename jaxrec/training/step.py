@@ -119,7 +119,8 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         ema = state["ema"]
         if config.optimizer.ema_decay is not None:
             ema = optim.ema_update(ema, new_params, config.optimizer.ema_decay)
-        healthy = state["healthy"] & jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
+        healthy = state["healthy"] & finite & jnp.isfinite(optax.tree.norm(new_params))
         new = {
             "params": new_params,
             "opt_state": opt_state,
@@ -170,15 +171,9 @@ def step_key(seed: int, step: Array | int) -> Array:
 
 
 def is_matrix(model: Any) -> Any:
-    """A boolean per parameter, keyed as its pure dictionary: True for two or more named axes."""
-    state = nnx.state(model)
-    return nnx.to_pure_dict(
-        jax.tree.map(
-            lambda variable: variable.replace(len(variable.get_metadata("axes")) >= 2),
-            state,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-    )
+    """A boolean per parameter, keyed as its pure dictionary: whether weight decay applies to it."""
+    params = nnx.to_pure_dict(nnx.state(model))
+    return optim.decay_mask(params, sharding.stacked_axes(model))
 
 
 def cast_matrices(params: Any, matrices: Any, dtype: jnp.dtype) -> Any:

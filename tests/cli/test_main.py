@@ -146,7 +146,7 @@ def test_a_disk_that_takes_nothing_more(capsys, monkeypatch, trained, number):
         raise OSError(number, os.strerror(number), "metrics.jsonl")
 
     monkeypatch.setattr("jaxrec.cli.evaluate.run", full)
-    assert "cannot write metrics.jsonl" in refused(capsys, "eval", trained)
+    assert "cannot use metrics.jsonl" in refused(capsys, "eval", trained)
 
 
 def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
