@@ -13,15 +13,12 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxrec.errors import nearest
 
 MESH_AXES = ("data", "fsdp", "seq", "model")
-"""data: copies of the parameters; fsdp: parameters in parts, gathered when used; seq: time; model:
-width."""
+"""data: parameters copied; fsdp: in parts, gathered when used; seq: time; model: width."""
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "time": ("seq",),
-    "embed": (
-        "fsdp",
-    ),  # model width d of parameters; in activations "batch" has claimed fsdp already
+    "embed": ("fsdp",),  # model width d of parameters; activations give fsdp to "batch"
     "mlp": ("model",),  # inner width e
     "heads": ("model",),  # heads, or heads times head width
     "vocab": ("model",),

@@ -129,13 +129,11 @@ class Checkpoints:
         Args:
           step: which checkpoint.
           abstract: the state as `jax.ShapeDtypeStruct`s with the shardings wanted now; the mesh may
-            be another than
-            the one it was saved on.
+            be another than the one it was saved on.
 
         Raises:
           UserError: the checkpoint is missing or damaged (names the array), or belongs to another
-            model, optimizer
-            or layout version.
+            model, optimizer or layout version.
         """
         note, wanted = self._note(step), manifest.split(abstract)
         for item in sorted(note["leaves"].keys() | wanted.keys()):

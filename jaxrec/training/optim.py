@@ -31,9 +31,8 @@ def build(
       steps: length of the run, for the schedule.
       params: the parameters, or their abstract shapes; only names and ranks are read.
       stacked: number of leading axes of each parameter that count layers, as
-        `sharding.stacked_axes` reads it
-        from a model; None means no parameter is stacked. What a rule does "per tensor" it does per
-        layer.
+        `sharding.stacked_axes` reads it from a model; None means no parameter is stacked. What a
+        rule does "per tensor" it does per layer.
     """
     stacked = jax.tree.map(lambda _: 0, params) if stacked is None else stacked
     rate = schedule(config, steps)
