@@ -101,8 +101,8 @@ def read_arguments(kind: Any, argv: Sequence[str], program: str, default: Any = 
 def _one_line(complaint: str, program: str) -> str:
     """Tyro's framed message without the frame."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", complaint)
-    text = re.sub(r"[─━│╭╮╰╯┌┐└┘]+", " ", text)
-    text = re.sub(r"For full helptext, run .*", "", text, flags=re.DOTALL)
+    text = re.sub(r"[─━│╭╮╰╯┌┐└┘]+|-{4,}", " ", text)
+    text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\s+", " ", text).strip().removeprefix("Parsing error ")
     text = text.removeprefix("Unrecognized options ").strip()
     return f"{text.rstrip('.')}. `{program} --help` lists all options."

@@ -78,7 +78,8 @@ def without_compilation_cache() -> Iterator[None]:
     """Inside, compiling compiles: programs kept from earlier runs are not used."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.read("jax_enable_compilation_cache")
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX decides once whether the cache is in use
     try:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -17,6 +18,13 @@ from jaxrec.ops.time import linear_scan
 def _kept_programs(monkeypatch):
     """Compile times mean nothing here, so programs of earlier test runs may be used."""
     monkeypatch.setattr(timing, "without_compilation_cache", contextlib.nullcontext)
+
+
+def test_compiling_compiles(monkeypatch):
+    monkeypatch.undo()
+    with timing.without_compilation_cache():
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
 
 
 def numbers(value):

@@ -4,12 +4,14 @@ lost."""
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from jaxrec.cli.main import COMMANDS, main
+from jaxrec.cli.train import command_line, parse
 from jaxrec.models import huginn, linear_rnn
 from jaxrec.training.loop import train
 from tests.training.small import HUGINN, LINEAR_RNN, model_options, run_config, write_text
@@ -48,6 +50,8 @@ def refused(capsys, *argv) -> str:
         (["train", "jaxrec.models.hugin:TINY"], "Did you mean jaxrec.models.huginn?"),
         (["train", "jaxrec.models.huginn:TINNY"], "Did you mean TINY?"),
         (["train", "jaxrec.models.huginn"], "package.module:NAME"),
+        (["train", ".models:TINY"], "full name"),
+        (["train", "jaxrec.models.huginn:HuginnConfig"], "not a model configuration"),
         (["train", MODEL, "--model.widht", "16"], "--model.width"),
         (["train", MODEL, "--model.width", "wide"], "wide"),
         (["train", MODEL, "--stesp", "3"], "--steps"),
@@ -221,3 +225,26 @@ def test_help_names_every_command_and_is_quick(capsys):
     code = "import sys; from jaxrec.cli.main import main; main(['--help'])"
     code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_printed_command_says_the_same_again():
+    words = ["--steps", "700", "--data", "my text", "--optimizer.ema-decay", "0.9", "--tensorboard"]
+    words += ["--eval-depths", "1", "4", "--model.no-tie-embeddings", "--model.width", "64"]
+    path, arguments = parse(["jaxrec.models.huginn:TINY", *words])
+    command = shlex.split(command_line(path, arguments))
+    assert command[:2] == ["jaxrec", "train"]
+    again = parse(command[2:])
+    assert again[0] == path
+    for part in ("model", "train", "options"):
+        assert getattr(again[1], part) == getattr(arguments, part)
+
+
+def test_fewer_steps_than_were_made_are_refused(capsys, text, trained):
+    start = ["train", "jaxrec.models.huginn:TINY", *model_options(HUGINN, huginn.TINY)]
+    start += ["--runs", trained.parent, "--name", "run", "--batch", "8", "--time", "16"]
+    start += ["--data", text, "--data.valid-fraction", "0.2", "--optimizer.learning-rate", "3e-3"]
+    start += ["--optimizer.warmup-steps", "0", "--optimizer.schedule", "constant"]
+    assert "made 2 steps already" in refused(capsys, *start, "--steps", "1")
+    assert "there is no run" in refused(capsys, *start, "--resume", "--name", "typo")
+    assert not (trained.parent / "typo").exists()
+    assert "another model" in refused(capsys, *start, "--model.mlp-width", "32")
