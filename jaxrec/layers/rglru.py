@@ -47,7 +47,7 @@ class RGLRU(nnx.Module):
         init = truncated_normal((heads / width) ** 0.5)
         self.recurrence_gate = BlockLinear(width, heads, init=init, rngs=rngs)
         self.input_gate = BlockLinear(width, heads, init=init, rngs=rngs)
-        # a at r = 1 is u^4 for u^2 uniform in [0.9^2, 0.999^2]: softplus(Lambda) = -log(u).
+        # a at r = 1 is u^8 for u^2 uniform in [0.9^2, 0.999^2]: softplus(Lambda) = -log(u).
         squared = jax.random.uniform(rngs.params(), (width,), minval=0.9**2, maxval=0.999**2)
         self.decay = nnx.Param(jnp.log(jnp.expm1(-0.5 * jnp.log(squared + 1e-8))), axes=("mlp",))
 
