@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The default run of `make train`; `make train ARGS="--steps 1000 --name longer"` adds to it.
-TRAIN := jaxrec.models.huginn:TINY --data python-docs --steps 300 --optimizer.learning-rate 4e-3
+TRAIN := jaxrec.models.huginn:TINY --data python-docs --steps 220 --optimizer.learning-rate 4e-3
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
