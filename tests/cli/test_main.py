@@ -60,7 +60,7 @@ def refused(capsys, *argv) -> str:
         (["train", MODEL, "--batch", "9", "--accumulate", "2"], "batch is 9"),
         (["train", MODEL, "--optimizer.name", "sgd"], "adamw"),
         (["train", "--steps", "3"], "MODEL comes first"),
-        (["generate"], "run"),
+        (["generate"], "Run folder"),
         (["generate", "no/such/run"], "no run.json"),
         (["eval", "no/such/run"], "no run.json"),
         (["eval", "no/such/run", "--depths", "1,x"], "loop counts"),
