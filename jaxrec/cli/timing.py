@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -20,6 +21,8 @@ import jaxrec
 from jaxrec.errors import UserError
 
 MIB = 2.0**20
+SETTINGS = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+"""Environment variables that change speed, reported where they are set."""
 
 
 class WrongNumbers(Exception):
@@ -60,15 +63,16 @@ def race(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     """Runs all candidates in turns, `rounds` times, after one run each that does not count.
 
     In turns, because the speed of a machine drifts: what is timed one after another meets different
-    machines.
+    machines. In another order every round, because memory that one call frees helps the next.
     """
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         jax.block_until_ready(call())
     for _ in range(rounds):
-        for name, call in candidates.items():
+        for name in order.sample(list(candidates), len(candidates)):
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(candidates[name]())
             seconds[name].append(time.perf_counter() - start)
     return {name: Timing(statistics.median(s), min(s), rounds) for name, s in seconds.items()}
 
@@ -103,7 +107,9 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "environment": " ".join(
+            f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -1,0 +1,156 @@
+"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json.
+
+    python benchmarks/report.py
+
+No number of the README is written by hand.
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MARK = "<!-- Below this line everything is written by benchmarks/report.py. -->"
+
+
+def table(columns: str, rows: list[list[str]]) -> list[str]:
+    names = [name.strip() for name in columns.split("|")]
+    return [
+        f"| {' | '.join(names)} |",
+        f"|{'---|' * len(names)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+def heading(path: Path, report: dict) -> list[str]:
+    where = report["machine"]
+    load = f"load {where['load_average']} before and {where['load_average_after']} after"
+    tunables = f", {where['environment']}" if where.get("environment") else ""
+    return [
+        f"`results/{path.name}`: {where['cpu']}, {where['cpu_threads']} threads, device"
+        f" {where['device']}, jax {where['jax']}, jaxlib {where['jaxlib']}{tunables};"
+        f" {report['rounds']} rounds in turns; {load}; {where['date']}.",
+        "",
+    ]
+
+
+def pair(median: float, least: float, digits: int) -> str:
+    return f"{median:.{digits}f} ({least:.{digits}f})"
+
+
+def scan(report: dict) -> list[str]:
+    lines = []
+    for shape in dict.fromkeys(tuple(record["shape"]) for record in report["results"]):
+        records = [x for x in report["results"] if tuple(x["shape"]) == shape]
+        rows = []
+        for record in records:
+            row = [record["candidate"]]
+            for x in (record["forward"], record["both"]):
+                row += [
+                    pair(x["median_ms"], x["least_ms"], 1),
+                    pair(x["to_best_peer_median"], x["to_best_peer_least"], 2),
+                    f"{x['compile_s']:.1f}",
+                    f"{x['temp_mib']:.0f}",
+                ]
+            rows.append(row)
+        copied = records[0]["copy_gb_per_s"]
+        lines += [f"Linear scan, (b, t, d) = {shape}; a copy runs at {copied:.1f} GB/s.", ""]
+        lines += table(
+            "candidate | forward ms | to best peer | compile s | temp MiB"
+            " | forward + backward ms | to best peer | compile s | temp MiB",
+            rows,
+        )
+    return lines
+
+
+def train(report: dict) -> list[str]:
+    def of(part: str) -> list[dict]:
+        return [record for record in report["results"] if record["part"] == part]
+
+    lines, sizes = [], report["sizes"]
+    if of("step"):
+        rows = []
+        for record in of("step"):
+            for what in ("forward", "step"):
+                x = record[what]
+                theirs = ["-", "-"]
+                if "torch_median_s" in x:
+                    theirs = [
+                        pair(x["torch_median_s"], x["torch_least_s"], 2),
+                        pair(x["torch_to_ours_median"], x["torch_to_ours_least"], 2),
+                    ]
+                rows.append(
+                    [
+                        str(record["mlp_width"]),
+                        what,
+                        pair(x["median_s"], x["least_s"], 2),
+                        *theirs,
+                        f"{x['figure_to_ours']:.2f}",
+                        f"{x['gflop']:.0f}",
+                        f"{x['gflop_per_s']:.0f} of {record['peak_gflop_per_s']:.0f}",
+                        f"{x['bound_s']:.2f}",
+                        f"{x['compile_s']:.0f}",
+                    ]
+                )
+        lines += [
+            f"Huginn, width {sizes['width']}, {'+'.join(map(str, sizes['layers']))} blocks, batch"
+            f" {sizes['batch']} x {sizes['time']} tokens,"
+            f" {sizes['depth'] - sizes['graded']} ungraded + {sizes['graded']} graded loops; torch"
+            f" {report['torch'] or 'not installed'}.",
+            "",
+        ]
+        lines += table(
+            "MLP | what | s | torch s | torch / ours | figure / ours | GFLOP | GFLOP/s of peak"
+            " | s at peak | compile s",
+            rows,
+        )
+    if of("depth"):
+        first = of("depth")[0]
+        lines += [
+            f"A training step by depth, MLP {first['mlp_width']}: one program, compiled in"
+            f" {first['compile_s']:.0f} s.",
+            "",
+        ]
+        rows = [
+            [
+                str(x["depth"]),
+                pair(x["median_s"], x["least_s"], 2),
+                f"{x['gflop']:.0f}",
+                f"{x['gflop_per_s']:.0f}",
+            ]
+            for x in of("depth")
+        ]
+        lines += table("loops | s | GFLOP | GFLOP/s", rows)
+    if of("compile"):
+        lines += ["The gradient through all loops, their number fixed in the program.", ""]
+        rows = [
+            [str(x["depth"]), f"{x['compile_s']:.0f}", f"{x['temp_mib']:.0f}"]
+            for x in of("compile")
+        ]
+        lines += table("loops | compile s | temp MiB", rows)
+    if of("decode"):
+        lines += [
+            f"Cached greedy decoding, {sizes['new_tokens']} tokens after a prompt of"
+            f" {sizes['prompt']}, batch 1.",
+            "",
+        ]
+        rows = [
+            [str(x["depth"]), f"{x['tokens_per_s']:.0f}", pair(x["median_s"], x["least_s"], 2)]
+            for x in of("decode")
+        ]
+        lines += table("loops | tokens/s | s", rows)
+    return lines
+
+
+def main() -> None:
+    readme = HERE / "README.md"
+    lines = [readme.read_text().partition(MARK)[0] + MARK, ""]
+    for path in sorted((HERE / "results").glob("*.json")):
+        report = json.loads(path.read_text())
+        lines += heading(path, report)
+        lines += {"scan": scan, "train": train}[report["benchmark"]](report)
+    readme.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
