@@ -205,7 +205,7 @@ TINY = LinearRNNConfig(
     layers=4,
     context=1024,
 )
-"""Bytes; as many parameters as huginn:TINY."""
+"""Bytes; 1.01 M parameters, about as many as huginn:TINY."""
 
 SMALL = LinearRNNConfig(
     vocab_size=32768,
