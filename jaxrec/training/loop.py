@@ -177,7 +177,8 @@ def train(
             if evaluates:
                 evaluation(step, config.eval_batches)
             if sample is not None and samples:
-                text = sample(steps.merge(state["params"]), data.tokenizer)
+                model = steps.merge(sharding.on_one_device(state["params"], mesh))
+                text = sample(model, data.tokenizer)
                 with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
                     file.write(f"--- step {step}\n{text}\n")
                 progress.note(f"step {step}  sample: {text}")
@@ -197,7 +198,7 @@ def train(
             stopped_by=None if done else stopped[0],
             data=data,
             evaluation=evaluation(step, FINAL * config.eval_batches) if done else None,
-            model=steps.merge(final),
+            model=steps.merge(sharding.on_one_device(final, mesh)),
         )
 
 

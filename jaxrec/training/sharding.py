@@ -6,7 +6,7 @@ trees.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxrec.errors import UserError, nearest
 from jaxrec.layers.axes import LOGICAL_TO_MESH, MESH_AXES, mesh_axes
 
 Tree = Any
+T = TypeVar("T")
 Model = Any  # a flax.nnx module or its state, real or abstract
 
 
@@ -149,6 +150,30 @@ def state_shardings(state: Tree, parameters: Tree, mesh: Mesh) -> Tree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a (b t) array: sequences over data and fsdp, time over seq."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["time"]))
+
+
+def is_virtual(mesh: Mesh) -> bool:
+    """Whether the mesh is made of several CPU devices, which share one pool of threads.
+
+    Two programs with collectives that run on them at once can each hold threads that the other
+    waits for, for ever, until XLA ends the process.
+    """
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def one_at_a_time(mesh: Mesh) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Returns what makes a compiled function wait for its result on a mesh that `is_virtual`."""
+    if not is_virtual(mesh):
+        return lambda function: function
+    return lambda function: lambda *args: jax.block_until_ready(function(*args))
+
+
+def on_one_device(tree: Tree, mesh: Mesh) -> Tree:
+    """Moves arrays of a mesh that `is_virtual` to its first device; leaves others where they are.
+
+    For programs that are not made by `one_at_a_time`, such as those that draw text.
+    """
+    return jax.device_put(tree, mesh.devices.flat[0]) if is_virtual(mesh) else tree
 
 
 def check_batch(batch: int, time: int, mesh: Mesh) -> None:

@@ -155,10 +155,11 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
+    in_turn = sharding.one_at_a_time(mesh)
     return Steps(
-        init=jax.jit(init, out_shardings=places),
-        train=jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)),
-        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        init=in_turn(jax.jit(init, out_shardings=places)),
+        train=in_turn(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere))),
+        evaluate=in_turn(jax.jit(evaluate, out_shardings=everywhere)),
         loss=loss,
         abstract=abstract,
         merge=merge,
