@@ -102,7 +102,7 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     from safetensors.numpy import save_file
 
     table, folder = find(system or type(model).__module__.rpartition(".")[2]), Path(directory)
-    there = [*folder.glob("config.json"), *folder.glob("*.safetensors*")]
+    there = [*folder.glob("*.safetensors*"), *folder.glob("config.json")]
     if there:
         raise UserError(f"{there[0]} exists; choose another directory or remove it first.")
     folder.mkdir(parents=True, exist_ok=True)

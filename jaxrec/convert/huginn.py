@@ -70,7 +70,10 @@ def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
         raise UserError(f"huginn: vocab_size and padding_multiple must be counts, got {sizes}.")
     vocab_size = -(-sizes[0] // sizes[1]) * sizes[1]
     ours = {field: data[name] for name, field in FIELDS.items()}
-    return from_dict(HuginnConfig, {"vocab_size": vocab_size, **ours})
+    try:
+        return from_dict(HuginnConfig, {"vocab_size": vocab_size, **ours})
+    except UserError as error:
+        raise UserError(f"huginn: config.json: {error}") from error
 
 
 def _write_config(config: HuginnConfig) -> dict[str, Any]:

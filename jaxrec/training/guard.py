@@ -43,7 +43,7 @@ def explain_bad_step(
         key = step_key(run.config.seed, state["step"])
         loss = lambda params: steps.loss(params, arrays, jnp.int32(depth or 0), key)  # noqa: E731
         finding = first_nonfinite(jax.value_and_grad(loss), jax.device_get(state["params"]))
-        place = "nowhere when repeated" if finding is None else str(finding)
+        place = "the update of the parameters" if finding is None else str(finding)
     else:
         place = f"parameter {place}"
     kept = (

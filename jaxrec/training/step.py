@@ -120,7 +120,9 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         if config.optimizer.ema_decay is not None:
             ema = optim.ema_update(ema, new_params, config.optimizer.ema_decay)
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
-        healthy = state["healthy"] & finite & jnp.isfinite(optax.tree.norm(new_params))
+        for leaf in jax.tree.leaves(new_params):
+            finite &= jnp.all(jnp.isfinite(leaf))
+        healthy = state["healthy"] & finite
         new = {
             "params": new_params,
             "opt_state": opt_state,

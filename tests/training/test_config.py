@@ -61,7 +61,7 @@ def test_a_cool_down_must_fit_into_the_run():
 
 
 def test_data_must_be_named_and_split():
-    with pytest.raises(UserError, match=r"data.valid_fraction must lie in \(0, 1\)"):
+    with pytest.raises(UserError, match=r"data.valid_fraction must lie in \(0, 0.5\]"):
         DataConfig(valid_fraction=0.0)
     with pytest.raises(UserError, match=r"data.source is empty"):
         DataConfig(source="")

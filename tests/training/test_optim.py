@@ -127,7 +127,7 @@ def test_a_constant_gradient_moves_as_the_paper_says():
         name="adam_atan2", weight_decay=0.0, warmup_steps=0, schedule="constant", clip_norm=None
     )
     zero, one = {"kernel": np.zeros((2, 2))}, {"kernel": np.ones((2, 2))}
-    expected = -1e-3 / 0.1 * math.atan(math.sqrt(0.05))
+    expected = -config.learning_rate / 0.1 * math.atan(math.sqrt(0.05))
     np.testing.assert_allclose(run(config, zero, [one], None)["kernel"], expected, rtol=1e-5)
 
 
