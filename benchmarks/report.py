@@ -104,6 +104,22 @@ def train(report: dict) -> list[str]:
             " | s at peak | compile s",
             rows,
         )
+    if of("remat"):
+        lines += [
+            f"A training step by what its backward pass computes again, MLP"
+            f" {of('remat')[0]['mlp_width']}.",
+            "",
+        ]
+        rows = [
+            [
+                x["remat"],
+                pair(x["median_s"], x["least_s"], 2),
+                f"{x['temp_mib']:.0f}",
+                f"{x['compile_s']:.0f}",
+            ]
+            for x in of("remat")
+        ]
+        lines += table("remat | s | temp MiB | compile s", rows)
     if of("depth"):
         first = of("depth")[0]
         lines += [

@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
     # Tests compile far more than they run. Without LLVM's optimisations a training step compiles
     # in 40 % of the time, and what it computes is the same program.
     + " --xla_backend_optimization_level=0"
+    # Eight devices share a few cores, and XLA ends the process when one of them comes 40 s late to
+    # a collective, which a machine with other work can bring about.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -26,3 +29,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 pytest.register_assert_rewrite("tests.laws")  # so that a broken law shows its values
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist, what shares fixtures and compiled programs stays in one process: the tests
+    of a file, and in laws.py those of one subject."""
+    for item in items:
+        group = item.path
+        if item.path.name == "laws.py":
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            group = parameters.get("subject", parameters.get("loop", group))
+        item.add_marker(pytest.mark.xdist_group(str(group)))

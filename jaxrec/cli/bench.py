@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jaxrec.errors import UserError, nearest
 
-Part = Literal["step", "depth", "decode"]
+Part = Literal["step", "remat", "depth", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,10 @@ class ScanArguments:
 class TrainArguments:
     """Time a Huginn of width 256: forward pass, training step, what depth costs, decoding."""
 
-    parts: tuple[Part, ...] = ("step", "depth", "decode")
-    """step: forward and training step, beside PyTorch if installed; depth: time and compile time by
-    depth; decode: tokens per second from the cache."""
+    parts: tuple[Part, ...] = ("step", "remat", "depth", "decode")
+    """step: forward and training step, beside PyTorch if installed; remat: a training step by what
+    its backward pass computes again; depth: time and compile time by depth; decode: tokens per
+    second from the cache."""
     mlp_widths: tuple[int, ...] = (864, 512, 384)
     """Inner widths of the MLP. The first is that of the other parts; 864 has the published model's
     ratio to the width, 17920/5280."""

@@ -20,6 +20,7 @@ from jaxrec.convert import engine
 from jaxrec.errors import UserError
 from jaxrec.generation import SamplingConfig, complete
 from jaxrec.models.huginn import Huginn, HuginnConfig
+from jaxrec.ops.depth.remat import REMAT_POLICIES, RematPolicy
 from jaxrec.training.config import OptimizerConfig, TrainConfig
 from jaxrec.training.losses import cross_entropy
 from jaxrec.training.sharding import build_mesh
@@ -109,6 +110,8 @@ def run(arguments: "bench.TrainArguments") -> None:
             # The first width last: the next part uses its program again.
             steps = [measure_step(sizes, mlp, rounds, peer) for mlp in reversed(mlp_widths)]
             report["results"] += reversed(steps)
+        if "remat" in arguments.parts:
+            report["results"] += measure_remat(sizes, mlp_widths[0], rounds)
         if "depth" in arguments.parts:
             report["results"] += measure_depth(sizes, mlp_widths[0], depths, rounds)
             report["results"] += measure_compilation(sizes, mlp_widths[0], depths)
@@ -231,8 +234,8 @@ def measure_step(sizes: Sizes, mlp_width: int, rounds: int, peer: Any | None) ->
 class Trainer:
     """One run's training step as `jaxrec train` compiles it, its state, and one batch."""
 
-    def __init__(self, sizes: Sizes, config: HuginnConfig):
-        settings = TrainConfig(steps=1000, batch=sizes.batch, time=sizes.time)
+    def __init__(self, sizes: Sizes, config: HuginnConfig, remat: RematPolicy):
+        settings = TrainConfig(steps=1000, batch=sizes.batch, time=sizes.time, remat=remat)
         steps = build_steps(config, settings, build_mesh("data=1"))
         tokens, labels, _ = _inputs(sizes, config)
         self.batch = {
@@ -251,10 +254,10 @@ class Trainer:
         return metrics["loss"]
 
 
-@functools.lru_cache(maxsize=1)
-def trainer(sizes: Sizes, config: HuginnConfig) -> Trainer:
+@functools.lru_cache(maxsize=3)
+def trainer(sizes: Sizes, config: HuginnConfig, remat: RematPolicy = "block") -> Trainer:
     """The trainer of these sizes; compiled once for the parts that follow each other."""
-    return Trainer(sizes, config)
+    return Trainer(sizes, config, remat)
 
 
 def _inputs(sizes: Sizes, config: HuginnConfig) -> tuple[Array, Array, Array]:
@@ -317,6 +320,28 @@ def _to_torch(*arrays: Array) -> list[Any]:
 
     tensors = [torch.from_numpy(np.array(x)) for x in arrays]
     return [x if x.is_floating_point() else x.long() for x in tensors]
+
+
+def measure_remat(sizes: Sizes, mlp_width: int, rounds: int) -> list[dict[str, Any]]:
+    """One training step under each policy of what its backward pass computes again."""
+    config = sizes.model(mlp_width)
+    trainers = {policy: trainer(sizes, config, policy) for policy in REMAT_POLICIES}
+    times = timing.race(
+        {name: functools.partial(train.step, sizes.depth) for name, train in trainers.items()},
+        rounds,
+    )
+    return [
+        {
+            "part": "remat",
+            "remat": name,
+            "mlp_width": mlp_width,
+            "median_s": times[name].median,
+            "least_s": times[name].least,
+            "compile_s": train.program.compile_seconds,
+            "temp_mib": train.program.temp_mib,
+        }
+        for name, train in trainers.items()
+    ]
 
 
 def measure_depth(
@@ -458,6 +483,19 @@ def tables(report: dict[str, Any]) -> list[Any]:
             "MLP | what | s: median (least) | torch s | torch / ours | figure / ours | GFLOP"
             " | GFLOP/s of peak | s at peak | compile s"
         )
+        found.append(table(title, columns, rows))
+    if of("remat"):
+        rows = [
+            [
+                x["remat"],
+                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
+                f"{x['temp_mib'] or 0:.0f}",
+                f"{x['compile_s']:.1f}",
+            ]
+            for x in of("remat")
+        ]
+        title = "a training step by what its backward pass computes again"
+        columns = "remat | s: median (least) | temp MiB | compile s"
         found.append(table(title, columns, rows))
     if of("depth"):
         rows = [

@@ -36,6 +36,7 @@ def run(arguments: Arguments) -> int:
       UserError: the checkpoint does not fit the table, or the target exists.
     """
     from jaxrec import convert
+    from jaxrec.cli.main import program
     from jaxrec.training.runs import load_model
 
     if arguments.export:
@@ -44,7 +45,7 @@ def run(arguments: Arguments) -> int:
         print(f"Wrote {arguments.target} from step {loaded.step} of {arguments.source}.")
         return 0
     _write_run(arguments, convert.load(arguments.system, arguments.source))
-    print(f"Wrote {arguments.target}. Try: jaxrec generate {arguments.target} --prompt '...'")
+    print(f"Wrote {arguments.target}. Try: {program()} generate {arguments.target} --prompt '...'")
     return 0
 
 
@@ -69,7 +70,7 @@ def _write_run(arguments: Arguments, model: object) -> None:
         )
     training = TrainConfig(time=min(256, config.context), data=DataConfig(tokenizer=tokenizer.name))
     provenance = {"source": str(arguments.source), "tokenizer": tokenizer.name, "sha256": None}
-    Run(target, f"jaxrec.convert.{arguments.system}", config, training, provenance).write()
+    Run(target, f"jaxrec.convert.{arguments.system}", config, training, provenance).write(tokenizer)
     with Checkpoints(target / "checkpoints") as checkpoints:
         checkpoints.save(
             0, {"params": nnx.to_pure_dict(nnx.split(model)[1])}, {"from": str(arguments.source)}

@@ -6,9 +6,13 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxrec.errors import UserError, nearest
@@ -96,6 +100,18 @@ def read_arguments(kind: Any, argv: Sequence[str], program: str, default: Any = 
         raise UserError(_one_line(complaint.getvalue() or shown.getvalue(), program)) from None
     except ValueError as error:  # a dataclass refused its own values
         raise UserError(str(error)) from error
+
+
+def program() -> str:
+    """How `jaxrec` was called, for commands that are printed to be typed: its name where the shell
+    finds it, else the path of the script, else through Python.
+    """
+    script = Path(sys.argv[0])
+    if shutil.which("jaxrec"):
+        return "jaxrec"
+    if script.name == "jaxrec":
+        return shlex.quote(os.path.relpath(script))
+    return f"{shlex.quote(sys.executable)} -m jaxrec"
 
 
 def _one_line(complaint: str, program: str) -> str:

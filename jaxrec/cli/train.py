@@ -109,6 +109,7 @@ def run(parsed: tuple[str, Any]) -> int:
 
 
 def _conclude(outcome: Any, go_on: str) -> None:
+    from jaxrec.cli.main import program
     from jaxrec.training.report import plot_curves, write_report
 
     run, folder = outcome.run, outcome.run.folder
@@ -137,14 +138,14 @@ def _conclude(outcome: Any, go_on: str) -> None:
     options = "" if mean is None else f" --depth {2 * mean}"
     average = "" if run.config.optimizer.ema_decay is None else " --ema"
     where = shlex.quote(str(folder))
-    print(f"Generate:  jaxrec generate {where}{average} --prompt 'def '{options}")
-    print(f"Evaluate:  jaxrec eval {where}{average}")
+    print(f"Generate:  {program()} generate {where}{average} --prompt 'def '{options}")
+    print(f"Evaluate:  {program()} eval {where}{average}")
     print(f"Go on:     {go_on}")
     module = run.model_path.rpartition(":")[0]
     if hasattr(importlib.import_module(module), "SMALL"):
         print(
-            f"Scale up:  jaxrec train {module}:SMALL --data {shlex.quote(run.config.data.source)}"
-            " --precision bfloat16 --remat block --mesh data=8"
+            f"Scale up:  {program()} train {module}:SMALL --data {shlex.quote(run.config.data.source)}"
+            " --precision bfloat16 --mesh data=8"
         )
 
 
@@ -169,6 +170,8 @@ def _sample(model: Any, tokenizer: Any, tokens: int = 200) -> str:
 
 def command_line(path: str, arguments: Any) -> str:
     """The command that gives these arguments: MODEL, and the options that are not the defaults."""
+    from jaxrec.cli.main import program
+
     pairs = _differences(arguments.model, load_object(path), "model.")
     pairs += _differences(arguments.train, TrainConfig(), "")
     pairs += _differences(arguments.options, Options(), "")
@@ -182,7 +185,7 @@ def command_line(path: str, arguments: Any) -> str:
             words += [flag, *map(str, value)]
         else:
             words += [flag, str(value)]
-    return shlex.join(["jaxrec", "train", path, *words])
+    return f"{program()} train {shlex.join([path, *words])}"
 
 
 def _differences(config: Any, default: Any, prefix: str) -> list[tuple[str, Any]]:

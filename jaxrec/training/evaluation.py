@@ -63,7 +63,7 @@ def evaluate_run(
     model, tokenizer, run, step = load_model(folder, step=step, ema=ema)
     old = run.config
     data = load_data(source or old.data.source, tokenizer.name, old.data.valid_fraction)
-    if data.tokenizer.name != tokenizer.name:
+    if data.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
             f"{source} holds tokens of {data.tokenizer.name}; the model of {folder} reads"
             f" {tokenizer.name}. Give the text itself, or a folder made with that tokenizer."

@@ -106,7 +106,7 @@ def train(
             )
         state = steps.init() if first is None else checkpoints.restore(first, steps.abstract)
         first = first or 0
-        run.write()
+        run.write(data.tokenizer)
         truncate_after(run.folder / "metrics.jsonl", first)
         log = stack.enter_context(
             MetricsLog(

@@ -59,11 +59,14 @@ def unnamed(leaves: Named, like: Tree) -> Tree:
 
 
 def describe(items: dict[str, Named]) -> dict[str, Description]:
-    """Returns dtype, shape and fingerprint of every array of every item, as JSON values."""
-    sums = jax.device_get(jax.tree.map(fingerprint, items))
+    """Returns dtype, shape and fingerprint of every array of every item, as JSON values.
+
+    One fingerprint is awaited before the next is begun: each is a program with a collective, and
+    several at once can deadlock on virtual devices (`sharding.is_virtual`).
+    """
     return {
         item: {
-            name: [str(leaf.dtype), list(leaf.shape), int(sums[item][name])]
+            name: [str(leaf.dtype), list(leaf.shape), int(fingerprint(leaf))]
             for name, leaf in leaves.items()
         }
         for item, leaves in items.items()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,11 +169,10 @@ class _WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise _missing("Weights & Biases", "wandb") from error
-        name = folder.resolve().name  # the same name continues the same run after a resume
         self._run = wandb.init(
             project=project,
-            name=name,
-            id=name,
+            name=folder.resolve().name,
+            id=_lasting_id(folder / "wandb_id.txt"),
             resume="allow",
             dir=folder,
             config=dict(config or {}),
@@ -190,3 +190,11 @@ def _missing(what: str, extra: str) -> UserError:
         f"Logging to {what} needs the extra {extra!r}."
         f' Install it with: pip install "jaxrec[{extra}]"'
     )
+
+
+def _lasting_id(file: Path) -> str:
+    """An id of its own for this folder, the same after a resume."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(6) + "\n")
+    return file.read_text().strip()

@@ -3,6 +3,7 @@
 runs/<name>/run.json        model and training configuration, data provenance, versions
            /metrics.jsonl   one line per interval
            /checkpoints/    by step
+           /tokenizer.json  a copy of the one that was used, if it has a file
            /samples.txt  curves.png  report.json
            /bad_batch.npz   after a loss that is not finite
 """
@@ -25,7 +26,7 @@ from jaxrec.errors import UserError
 from jaxrec.models.protocol import LanguageModelConfig
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import TrainConfig
-from jaxrec.training.data import Tokenizer, load_tokenizer
+from jaxrec.training.data import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUN_LAYOUT = 1
 """Version of run.json; a folder of another version is refused."""
@@ -50,8 +51,8 @@ class Run:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
-    def write(self) -> None:
-        """Writes run.json as a whole or not at all."""
+    def write(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer's files, then run.json as a whole or not at all."""
         kind = type(self.model_config)
         content = {
             "layout": RUN_LAYOUT,
@@ -63,6 +64,7 @@ class Run:
             "versions": versions(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(self.folder)
         partial = self.folder / "run.json.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(partial, self.folder / "run.json")
@@ -160,7 +162,8 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
       UserError: the folder is no run or holds no such checkpoint, or the checkpoint is damaged.
     """
     run = read_run(folder)
-    tokenizer = load_tokenizer(run.data["tokenizer"])
+    copied = (folder / TOKENIZER_FILE).exists()
+    tokenizer = load_tokenizer(folder if copied else run.data["tokenizer"])
     graph, variables = nnx.split(nnx.eval_shape(lambda: run.model_config.build(rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

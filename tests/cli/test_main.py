@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from jaxrec.cli.main import COMMANDS, main
+from jaxrec.cli.main import COMMANDS, main, program
 from jaxrec.cli.train import command_line, parse
 from jaxrec.models import huginn, linear_rnn
 from jaxrec.training.loop import train
@@ -232,11 +232,26 @@ def test_a_printed_command_says_the_same_again():
     words += ["--eval-depths", "1", "4", "--model.no-tie-embeddings", "--model.width", "64"]
     path, arguments = parse(["jaxrec.models.huginn:TINY", *words])
     command = shlex.split(command_line(path, arguments))
-    assert command[:2] == ["jaxrec", "train"]
-    again = parse(command[2:])
+    again = parse(command[command.index("train") + 1 :])
     assert again[0] == path
     for part in ("model", "train", "options"):
         assert getattr(again[1], part) == getattr(arguments, part)
+
+
+def test_a_printed_command_can_be_typed(tmp_path, monkeypatch):
+    script = tmp_path / ".venv" / "bin" / "jaxrec"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "")
+    assert program() == ".venv/bin/jaxrec"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "jaxrec"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["a notebook"])
+    assert program() == f"{sys.executable} -m jaxrec"
 
 
 def test_fewer_steps_than_were_made_are_refused(capsys, text, trained):

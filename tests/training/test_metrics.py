@@ -126,6 +126,23 @@ def test_curves_go_to_the_extras(tmp_path, monkeypatch, extra):
     assert writer.closed
 
 
+def test_a_wandb_run_is_continued_by_its_own_folder_only(tmp_path, monkeypatch):
+    made = []
+
+    class Module:
+        @staticmethod
+        def init(**options):
+            made.append(options)
+            return Recorder()
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    for folder in ("one/run", "one/run", "two/run"):
+        MetricsLog(tmp_path / folder, wandb="project").close()
+    names, ids = ([options[field] for options in made] for field in ("name", "id"))
+    assert names == ["run"] * 3
+    assert ids[0] == ids[1] != ids[2]
+
+
 @pytest.mark.parametrize(
     "options, module, extra",
     [({"tensorboard": True}, "tensorboardX", "tensorboard"), ({"wandb": "p"}, "wandb", "wandb")],

@@ -12,6 +12,7 @@ from jaxrec.training.data.corpora import (
 from jaxrec.training.data.loading import Data, load_data, write_data
 from jaxrec.training.data.streams import TokenStream, tokenize
 from jaxrec.training.data.tokenizers import (
+    TOKENIZER_FILE,
     ByteTokenizer,
     HFTokenizer,
     StreamDecoder,
@@ -20,6 +21,7 @@ from jaxrec.training.data.tokenizers import (
 )
 
 __all__ = [
+    "TOKENIZER_FILE",
     "Batch",
     "Batches",
     "ByteTokenizer",

@@ -98,7 +98,8 @@ def write_data(
 
 def _load_folder(folder: Path, tokenizer: str | Path) -> Data:
     streams, own, provenance = read_streams(folder)
-    if str(tokenizer) not in ("bytes", provenance.get("tokenizer"), own.name):
+    usual = str(tokenizer) in ("bytes", provenance.get("tokenizer"), own.name)
+    if not usual and load_tokenizer(tokenizer).sha256 != own.sha256:
         raise UserError(
             f"{folder} was made with the tokenizer {provenance.get('tokenizer')!r}, "
             f"not {str(tokenizer)!r}. "

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxrec.errors import UserError
 from jaxrec.training.data.streams import TokenStream, token_dtype
-from jaxrec.training.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
+from jaxrec.training.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 META = "meta.json"
 FORMAT = "jaxrec-tokens"
@@ -91,7 +91,7 @@ def read_streams(folder: Path) -> tuple[dict[str, TokenStream], Tokenizer, dict[
     """
     meta = _read_meta(folder)
     with_file = meta["tokenizer"] != "bytes"
-    tokenizer = load_tokenizer(folder / "tokenizer.json" if with_file else "bytes")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE if with_file else "bytes")
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, {META} says "
@@ -108,11 +108,7 @@ def _write_files(
         with open(folder / f"{side}.bin", "wb") as file:
             file.write(np.ascontiguousarray(streams[side].tokens, dtype.newbyteorder("<")).data)
         np.save(folder / f"{side}.starts.npy", streams[side].starts, allow_pickle=False)
-    if isinstance(tokenizer, HFTokenizer):
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
-        config = tokenizer.path.with_name("tokenizer_config.json")  # names the bos
-        if config.is_file():
-            shutil.copyfile(config, folder / config.name)
+    tokenizer.save(folder)
     meta = {
         "format": FORMAT,
         "version": VERSION,

@@ -5,8 +5,10 @@ name.
 """
 
 import codecs
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ import numpy as np
 
 from jaxrec.errors import UserError, nearest
 
+TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
 _BOS = 256
 # What open models call the token that begins a document, the surest first; the last is GPT-2's
 # separator.
@@ -37,12 +41,14 @@ class Tokenizer(Protocol):
       vocab_size: ids are 0 .. vocab_size - 1.
       bos: the id that begins a document, or None.
       concatenative: the decoding of a sequence is the concatenation of the decoded tokens.
+      sha256: equal for tokenizers that are the same, wherever their files lie.
     """
 
     name: str
     vocab_size: int
     bos: int | None
     concatenative: bool
+    sha256: str
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the ids of a text, (t,), without `bos`."""
@@ -50,6 +56,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the text of ids; special tokens vanish."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Copies the files it was read from, if any, so that `load_tokenizer(folder)` reads them."""
         ...
 
 
@@ -60,6 +70,7 @@ class ByteTokenizer:
     vocab_size = 257
     bos: int | None = _BOS
     concatenative = True
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the bytes of a text (UTF-8 for a string), uint16 (t,)."""
@@ -70,6 +81,9 @@ class ByteTokenizer:
         """Returns the bytes of ids; everything from 256 on vanishes."""
         array = ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
         return array[(array >= 0) & (array < _BOS)].astype(np.uint8).tobytes()
+
+    def save(self, folder: Path) -> None:
+        """Has no file."""
 
 
 class HFTokenizer:
@@ -105,6 +119,7 @@ class HFTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"{self.path} has an empty vocabulary. Expected a trained tokenizer.")
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         names = (_configured_bos(self.path.parent), *_BOS_NAMES)
         self.bos: int | None = next(
@@ -122,6 +137,15 @@ class HFTokenizer:
         # the file need not call its bos special
         known = [int(index) for index in ids if 0 <= index < self.vocab_size and index != self.bos]
         return self._tokenizer.decode(known, skip_special_tokens=True).encode()
+
+    def save(self, folder: Path) -> None:
+        """Copies tokenizer.json, and the tokenizer_config.json beside it, which names the bos."""
+        for name, file in {
+            TOKENIZER_FILE: self.path,
+            _CONFIG_FILE: self.path.with_name(_CONFIG_FILE),
+        }.items():
+            if file.is_file() and file.resolve() != (folder / name).resolve():
+                shutil.copyfile(file, folder / name)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -187,7 +211,7 @@ class StreamDecoder:
 def _tokenizer_file(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if os.path.isdir(file):
-        file = file / "tokenizer.json"
+        file = file / TOKENIZER_FILE
     if not os.path.isfile(file):
         hint = nearest(str(path), [ByteTokenizer.name])
         raise UserError(
@@ -200,7 +224,7 @@ def _tokenizer_file(path: str | Path) -> Path:
 def _configured_bos(folder: Path) -> str | None:
     """The `bos_token` of a folder's `tokenizer_config.json`: a string, or in its `content`."""
     try:
-        config: Any = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     token = config.get("bos_token") if isinstance(config, dict) else None
