@@ -254,8 +254,8 @@ class Trainer:
         return metrics["loss"]
 
 
-@functools.lru_cache(maxsize=3)
-def trainer(sizes: Sizes, config: HuginnConfig, remat: RematPolicy = "block") -> Trainer:
+@functools.lru_cache(maxsize=len(REMAT_POLICIES))
+def trainer(sizes: Sizes, config: HuginnConfig, remat: RematPolicy = TrainConfig.remat) -> Trainer:
     """The trainer of these sizes; compiled once for the parts that follow each other."""
     return Trainer(sizes, config, remat)
 

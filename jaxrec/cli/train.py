@@ -143,8 +143,9 @@ def _conclude(outcome: Any, go_on: str) -> None:
     print(f"Go on:     {go_on}")
     module = run.model_path.rpartition(":")[0]
     if hasattr(importlib.import_module(module), "SMALL"):
+        source = shlex.quote(run.config.data.source)
         print(
-            f"Scale up:  {program()} train {module}:SMALL --data {shlex.quote(run.config.data.source)}"
+            f"Scale up:  {program()} train {module}:SMALL --data {source}"
             " --precision bfloat16 --mesh data=8"
         )
 

@@ -5,6 +5,8 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.axes import merge_leading
+
 
 class Embedding(nnx.Module):
     """A table of one vector per token, also usable as the output head that it is tied to."""
@@ -20,6 +22,10 @@ class Embedding(nnx.Module):
     def logits(self, x: Array) -> Array:
         """Scores of every token for x (b t d): (b t vocab), accumulated and returned in float32."""
         table = self.table[...]
-        return jnp.einsum(
-            "btd,vd->btv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
+        y = jnp.einsum(
+            "...d,vd->...v",
+            merge_leading(x, 1).astype(table.dtype),
+            table,
+            preferred_element_type=jnp.float32,
         )
+        return y.reshape(*x.shape[:-1], table.shape[0])

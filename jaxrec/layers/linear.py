@@ -6,6 +6,8 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.axes import merge_leading
+
 
 def truncated_normal(stddev: float) -> Initializer:
     """Normal with this deviation before it is cut at three deviations, as most published models use
@@ -38,7 +40,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (... d) to (... outputs)."""
         kernel = self.kernel[...]
-        y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=1)
+        y = jnp.tensordot(merge_leading(x, 1).astype(kernel.dtype), kernel, axes=1)
+        y = y.reshape(*x.shape[:-1], *kernel.shape[1:])
         if self.bias is None:
             return y
         bias = self.bias[...].astype(y.dtype)
@@ -65,7 +68,7 @@ class BlockLinear(nnx.Module):
         kernel = self.kernel[...]
         blocks, size, _ = kernel.shape
         split = x.astype(kernel.dtype).reshape(*x.shape[:-1], blocks, size)
-        y = jnp.einsum("bthi,hij->bthj", split, kernel)
+        y = jnp.einsum("...hi,hij->...hj", merge_leading(split, 2), kernel).reshape(split.shape)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return y.reshape(x.shape)

@@ -293,8 +293,8 @@ class Huginn(nnx.Module):
         remat: RematPolicy = "none",
     ) -> tuple[Array, attention.KVCache | None, IterateInfo]:
         """Loops the core from the latent state s (b t d); returns s^depth, cache and info."""
-        # One recomputation is enough: "block" is left to the blocks, "sqrt" to the loop over them.
-        per_block: RematPolicy = "block" if remat == "block" else "none"
+        # One recomputation is enough: "sqrt" is left to the loop over the blocks, the rest to them.
+        per_block: RematPolicy = "none" if remat == "sqrt" else remat
         per_loop: RematPolicy = "sqrt" if remat == "sqrt" else "none"
         with jax.named_scope("core"):
             injected = self.adapter_input(embedded)

@@ -110,9 +110,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the parameters, the data order, and the sampled depth and initial latent state of
     every step."""
-    remat: RematPolicy = "block"
-    """What the backward pass computes again: nothing, each block, or blocks in groups of about the
-    root of their number. On CPU each block is the fastest too: it writes and reads less."""
+    remat: RematPolicy = "dots"
+    """What the backward pass computes again: nothing, all but the products with weights (the
+    fastest on CPU), each block, or blocks in groups of about the root of their number."""
     precision: Precision = "float32"
     """Precision of activations and matrix products; parameters and optimizer state are always
     float32."""

@@ -14,7 +14,7 @@ from jaxrec.training.config import DataConfig, OptimizerConfig, TrainConfig
         ({"batch": 6, "accumulate": 4}, "batch is 6 and does not divide into accumulate=4"),
         (
             {"remat": "bloc"},
-            "remat must be one of none, block, sqrt; got 'bloc'. Did you mean block",
+            "remat must be one of none, dots, block, sqrt; got 'bloc'. Did you mean block",
         ),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         ({"keep": 0}, "keep must be at least 1"),

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax import lax
 
-RematPolicy = Literal["none", "block", "sqrt"]
+RematPolicy = Literal["none", "dots", "block", "sqrt"]
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
 
 
@@ -28,9 +28,11 @@ def remat_scan(
       carry: initial carry, any pytree.
       xs: pytree scanned over its leading axis, or None when `length` is given.
       length: number of steps; needed when xs has no leaves.
-      remat: "none" stores every intermediate of every step; "block" stores the carry of every step
-        and recomputes one step at a time; "sqrt" stores the carry of every sqrt(n)-th step and
-        recomputes one such stretch at a time: O(sqrt n) carries for one more forward pass.
+      remat: "none" stores every intermediate of every step; "dots" stores the carry and the results
+        of matrix products with weights of every step and recomputes the rest; "block" stores the
+        carry of every step and recomputes one step at a time; "sqrt" stores the carry of every
+        sqrt(n)-th step and recomputes one such stretch at a time: O(sqrt n) carries for one more
+        forward pass.
 
     Returns:
       The last carry and the stacked ys.
@@ -45,10 +47,11 @@ def remat_scan(
     assert steps is not None, "remat_scan needs xs or length"
     if remat == "none":
         return lax.scan(body, carry, xs, length=steps)
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
     # The loop already keeps XLA from merging the recomputation with the first pass.
-    one_step = jax.checkpoint(body, prevent_cse=False)
+    one_step = jax.checkpoint(body, prevent_cse=False, policy=keep)
     stretch = max(1, int(steps**0.5))
-    if remat == "block" or stretch == 1:
+    if remat != "sqrt" or stretch == 1:
         return lax.scan(one_step, carry, xs, length=steps)
 
     whole = steps // stretch * stretch

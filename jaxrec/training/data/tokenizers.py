@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Copies the files it was read from, if any, so that `load_tokenizer(folder)` reads them."""
+        """Copies the files it was read from, if any; `load_tokenizer(folder)` then reads them."""
         ...
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrec.ops.depth import remat_scan
+from jaxrec.ops.depth.remat import REMAT_POLICIES
 
 STEPS, WIDTH = 11, 64
 
@@ -35,7 +36,7 @@ def value_and_gradient(remat):
 
 
 @pytest.mark.parametrize("steps", [1, 9, 11])
-@pytest.mark.parametrize("remat", ["block", "sqrt"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES[1:])
 def test_values_and_gradients_are_those_of_a_plain_scan(remat, steps):
     want = value_and_gradient("none")(*inputs(steps))
     got = value_and_gradient(remat)(*inputs(steps))
@@ -59,7 +60,7 @@ def test_what_the_gradient_keeps():
     assert kept("sqrt") <= 10 * WIDTH + 2 * xs
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "sqrt"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_without_inputs_the_length_says_how_long(remat):
     last, _ = jax.jit(
         lambda z: remat_scan(lambda z, _: (z + 1, None), z, None, length=7, remat=remat)
@@ -67,7 +68,7 @@ def test_without_inputs_the_length_says_how_long(remat):
     assert last == 7
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "sqrt"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_no_steps(remat):
     carry, xs = inputs(0)
     last, ys = jax.jit(lambda carry, xs: remat_scan(body, carry, xs, remat=remat))(carry, xs)
