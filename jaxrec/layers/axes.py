@@ -84,6 +84,15 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
+def time_axis() -> str | None:
+    """The mesh axis over which the compiler splits time on the current mesh; None if over none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True):
+        if name in LOGICAL_TO_MESH["time"] and size > 1 and kind == AxisType.Auto:
+            return str(name)
+    return None
+
+
 def merge_leading(x: jax.Array, kept: int) -> jax.Array:
     """Makes one axis of all but the last `kept`, for a product with weights.
 
@@ -91,7 +100,6 @@ def merge_leading(x: jax.Array, kept: int) -> jax.Array:
     there, while for several XLA first writes a transposed copy (a Huginn step takes 1.15 times as
     long). Where time is split over devices x is returned as it is: its parts are not in a row.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape.get(axis, 1) > 1 for axis in LOGICAL_TO_MESH["time"]):
+    if time_axis() is not None:
         return x
     return x.reshape(-1, *x.shape[x.ndim - kept :])

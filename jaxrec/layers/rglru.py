@@ -18,8 +18,8 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from jaxrec.layers.linear import BlockLinear, Linear, truncated_normal
+from jaxrec.layers.scan import scan_over_time
 from jaxrec.ops.conv import causal_conv
-from jaxrec.ops.time import linear_scan
 
 GATE_SHARPNESS = 8.0  # c of the paper
 LARGEST_SQRT_SLOPE = 1000.0
@@ -81,7 +81,7 @@ class RGLRU(nnx.Module):
             multiplier = bounded_sqrt(-jnp.expm1(2.0 * log_a))
             if reset is not None:
                 multiplier = jnp.where(reset[..., None], 1.0, multiplier)
-            h, last = linear_scan(
+            h, last = scan_over_time(
                 jnp.exp(log_a), multiplier * i * x.astype(jnp.float32), state, reset=reset
             )
             return h.astype(x.dtype), last

@@ -51,6 +51,15 @@ def linear_scan(
     Raises:
       ValueError: shapes or dtypes do not fit, t is 0, or the method is unknown.
     """
+    return run(*prepare(a, b, h0, reset, method), reverse, method)
+
+
+def prepare(
+    a: Array, b: Array, h0: Array | None, reset: Array | None, method: Method
+) -> tuple[Array, Array, Array]:
+    """The arguments of `run` from those of `linear_scan`, checked: a as large as b and zero at
+    resets.
+    """
     if method not in get_args(Method):
         raise ValueError(f"linear_scan: method must be one of {get_args(Method)}, got {method!r}.")
     dtype, state_dtype = _dtypes(a, b)
@@ -59,8 +68,7 @@ def linear_scan(
         a = jnp.where(reset.reshape(reset.shape + (1,) * (b.ndim - 2)), jnp.zeros((), a.dtype), a)
     if h0 is None:
         h0 = jnp.zeros_like(b[:, 0], dtype=state_dtype)
-    h, last = _scan(a.astype(dtype), b.astype(dtype), h0.astype(state_dtype), reverse, method)
-    return h, last
+    return a.astype(dtype), b.astype(dtype), h0.astype(state_dtype)
 
 
 def _dtypes(a: Array, b: Array) -> tuple[jnp.dtype, jnp.dtype]:
@@ -110,7 +118,8 @@ def _check(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(a: Array, b: Array, h0: Array, reverse: bool, method: Method) -> tuple[Array, Array]:
+def run(a: Array, b: Array, h0: Array, reverse: bool, method: Method) -> tuple[Array, Array]:
+    """The recurrence alone, with its gradient; a and b (b t ...) alike, h0 (b ...)."""
     if method == "auto":
         return lax.platform_dependent(
             a,
@@ -119,40 +128,49 @@ def _scan(a: Array, b: Array, h0: Array, reverse: bool, method: Method) -> tuple
             cpu=functools.partial(_sequential, reverse=reverse),
             default=functools.partial(_chunked, reverse=reverse),
         )
-    run = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}[method]
-    return run(a, b, h0, reverse=reverse)
+    form = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}[method]
+    return form(a, b, h0, reverse=reverse)
 
 
 def _scan_forward(a, b, h0, reverse, method):  # type: ignore[no-untyped-def]
-    h, last = _scan(a, b, h0, reverse, method)
+    h, last = run(a, b, h0, reverse, method)
     return (h, last), (a, h, h0)
 
 
 def _scan_backward(reverse, method, residuals, cotangents):  # type: ignore[no-untyped-def]
     a, h, h0 = residuals
     dh, dlast = cotangents
+    db, dh0 = run_adjoint(a, dh, dlast, reverse, method)
+    h_before = shifted(h, h0.astype(h.dtype), towards_start=reverse)
+    return db * h_before, db, dh0
+
+
+run.defvjp(_scan_forward, _scan_backward)
+
+
+def run_adjoint(
+    a: Array, dh: Array, dlast: Array, reverse: bool, method: Method
+) -> tuple[Array, Array]:
+    """db and dh0 of `run` from the cotangents of h and of the last state."""
     if method == "auto":
-        db, dh0 = lax.platform_dependent(
+        return lax.platform_dependent(
             a,
             dh,
             dlast,
             cpu=functools.partial(_sequential_adjoint, reverse=reverse),
             default=functools.partial(_adjoint, reverse=reverse, method="chunked"),
         )
-    elif method == "sequential":
-        db, dh0 = _sequential_adjoint(a, dh, dlast, reverse=reverse)
-    else:
-        db, dh0 = _adjoint(a, dh, dlast, reverse=reverse, method=method)
-    h_before = _shifted(h, h0.astype(h.dtype), towards_start=reverse)
-    return db * h_before, db, dh0
+    if method == "sequential":
+        return _sequential_adjoint(a, dh, dlast, reverse=reverse)
+    return _adjoint(a, dh, dlast, reverse=reverse, method=method)
 
 
 def _adjoint(
     a: Array, dh: Array, dlast: Array, *, reverse: bool, method: Method
 ) -> tuple[Array, Array]:
     """db and dh0: the recurrence run backwards, with the decay of the step that follows."""
-    decay = _shifted(a, jnp.ones_like(a[:, 0]), towards_start=not reverse)
-    db, first = _scan(decay, dh, dlast, not reverse, method)
+    decay = shifted(a, jnp.ones_like(a[:, 0]), towards_start=not reverse)
+    db, first = run(decay, dh, dlast, not reverse, method)
     return db, a[:, -1 if reverse else 0].astype(first.dtype) * first
 
 
@@ -169,10 +187,7 @@ def _sequential_adjoint(a: Array, dh: Array, dlast: Array, *, reverse: bool) -> 
     return jnp.swapaxes(db, 0, 1), dh0
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _shifted(x: Array, edge: Array, *, towards_start: bool) -> Array:
+def shifted(x: Array, edge: Array, *, towards_start: bool) -> Array:
     """x moved by one step along time; `edge` (b ...) enters at the side that became free."""
     if towards_start:
         return jnp.concatenate([x[:, 1:], edge[:, None]], axis=1)
@@ -232,6 +247,6 @@ def _chunked(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Ar
     carried, last = _sequential(
         decays.reshape(ends_shape), ends.reshape(ends_shape), h0, reverse=False
     )
-    entering = _shifted(carried, h0, towards_start=False).reshape(batch * chunks, *rest)
+    entering = shifted(carried, h0, towards_start=False).reshape(batch * chunks, *rest)
     h = jnp.swapaxes(h + decay * entering[None], 0, 1).reshape(batch, chunks * length, *rest)
     return h[:, :time].astype(b.dtype), last

@@ -1,0 +1,174 @@
+"""The linear recurrence with its time axis spread over devices: only carries travel.
+
+A device holds t/S consecutive steps. Together they are one affine map of the state that enters,
+h -> P h + q with P the product of its decays and q its last state from zero, so the devices
+
+    1. find their own map,   2. exchange maps, (b ...) each,   3. run from what enters.
+
+The gradient is the same recurrence run backwards, see `jaxrec.ops.time.scan`; P is the same there,
+so that it exchanges once too.
+
+Martin & Cundy, Parallelizing linear recurrent neural nets over sequence length (2018),
+arXiv:1709.04057, section 2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jaxrec.ops.time import scan
+from jaxrec.ops.time.scan import Method
+
+Exchange = Literal["all_gather", "ppermute"]
+
+
+def sharded_linear_scan(
+    a: Array,
+    b: Array,
+    h0: Array | None = None,
+    *,
+    axis: str,
+    reverse: bool = False,
+    reset: Array | None = None,
+    method: Method = "auto",
+    exchange: Exchange = "all_gather",
+) -> tuple[Array, Array]:
+    """`linear_scan` over the devices of one axis of the current mesh (`jax.set_mesh`).
+
+    Args:
+      a: as in `linear_scan`.
+      b: as in `linear_scan`.
+      h0: as in `linear_scan`, on every device of the axis.
+      axis: name of the mesh axis over which time is spread; its size S divides t.
+      reverse: as in `linear_scan`.
+      reset: as in `linear_scan`.
+      method: how each device runs its own steps.
+      exchange: "all_gather" sends every map to every device at once, S (2 b ...) values received by
+        each; "ppermute" composes neighbours' maps in log2(S) rounds of (2 b ...) values, and tells
+        the last state by a sum.
+
+    Returns:
+      h, spread over the axis as b is, and the last state on every device of it.
+
+    Raises:
+      ValueError: as `linear_scan`; or there is no mesh with such an axis, S does not divide t, or
+        the exchange is unknown.
+    """
+    if exchange not in get_args(Exchange):
+        raise ValueError(
+            f"sharded_linear_scan: exchange must be one of {get_args(Exchange)}, got {exchange!r}."
+        )
+    size = jax.sharding.get_abstract_mesh().shape.get(axis)
+    if size is None:
+        raise ValueError(
+            f"sharded_linear_scan: the current mesh has no axis {axis!r}; set one by jax.set_mesh."
+        )
+    a, b, h0 = scan.prepare(a, b, h0, reset, method)
+    if b.shape[1] % size:
+        raise ValueError(
+            f"sharded_linear_scan: {b.shape[1]} steps do not divide over {axis}={size} devices."
+        )
+    return _scan(a, b, h0, axis, reverse, method, exchange)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _scan(
+    a: Array, b: Array, h0: Array, axis: str, reverse: bool, method: Method, exchange: Exchange
+) -> tuple[Array, Array]:
+    (h, last), _ = _forward(a, b, h0, axis, reverse, method, exchange)
+    return h, last
+
+
+def _forward(a, b, h0, axis, reverse, method, exchange):  # type: ignore[no-untyped-def]
+    def run(a: Array, b: Array, h0: Array) -> tuple[Array, ...]:
+        product = jnp.prod(a.astype(h0.dtype), axis=1)
+        _, alone = scan.run(a, b, jnp.zeros_like(h0), reverse, method)
+        entering, last = _exchange(product, alone, h0, axis, exchange, reverse=reverse)
+        h, _ = scan.run(a, b, entering, reverse, method)
+        return h, last, entering[None], product[None]
+
+    over_time, everywhere, per_device = _places(axis)
+    h, last, entering, product = _on_devices(
+        run, axis, (over_time, over_time, everywhere), (over_time, everywhere, *[per_device] * 2)
+    )(a, b, h0)
+    return (h, last), (a, h, entering, product)
+
+
+def _backward(axis, reverse, method, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
+    def run(a: Array, h: Array, entering: Array, product: Array, dh: Array, dlast: Array):  # type: ignore[no-untyped-def]
+        _, alone = scan.run_adjoint(a, dh, jnp.zeros_like(dlast), reverse, method)
+        arriving, dh0 = _exchange(product[0], alone, dlast, axis, exchange, reverse=not reverse)
+        db, _ = scan.run_adjoint(a, dh, arriving, reverse, method)
+        h_before = scan.shifted(h, entering[0].astype(h.dtype), towards_start=reverse)
+        return db * h_before, db, dh0
+
+    over_time, everywhere, per_device = _places(axis)
+    places = (over_time, over_time, per_device, per_device, over_time, everywhere)
+    return _on_devices(run, axis, places, (over_time, over_time, everywhere))(
+        *residuals, *cotangents
+    )
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _places(axis: str) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Over time; on every device of the axis; one per device, along a new leading axis."""
+    return PartitionSpec(None, axis), PartitionSpec(), PartitionSpec(axis)
+
+
+def _on_devices(
+    run: Callable[..., Any], axis: str, in_specs: tuple[Any, ...], out_specs: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """`run` on each device's part; axes of the mesh other than `axis` are left to the compiler."""
+    mapped = jax.shard_map(
+        run, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False
+    )
+    return jax.jit(mapped)  # only a compiled shard_map may leave axes to the compiler
+
+
+def _exchange(
+    product: Array, alone: Array, start: Array, axis: str, exchange: Exchange, *, reverse: bool
+) -> tuple[Array, Array]:
+    """The state that enters this device, and the one that leaves the last of them.
+
+    Args:
+      product: P of this device's map.
+      alone: q of this device's map.
+      start: state that enters the first device.
+      axis: mesh axis.
+      exchange: see `sharded_linear_scan`.
+      reverse: the first device is the one with the largest index.
+    """
+    size = lax.axis_size(axis)
+    rank = size - 1 - lax.axis_index(axis) if reverse else lax.axis_index(axis)
+    maps = jnp.stack([product, alone])
+    if exchange == "all_gather":
+        every = lax.all_gather(maps, axis)
+        every = jnp.flip(every, 0) if reverse else every
+
+        def step(state: Array, one: Array) -> tuple[Array, Array]:
+            return one[0] * state + one[1], state
+
+        last, entering = lax.scan(step, start, every)
+        return lax.dynamic_index_in_dim(entering, rank, keepdims=False), last
+
+    def from_before(x: Array, distance: int) -> Array:
+        """What the device `distance` ranks before holds; zeros where there is none."""
+        pairs = [(i, i + distance) for i in range(size - distance)]
+        return lax.ppermute(x, axis, [(j, i) for i, j in pairs] if reverse else pairs)
+
+    distance = 1
+    while distance < size:  # each round doubles how many devices a map stands for
+        before = from_before(maps, distance)
+        composed = jnp.stack([maps[0] * before[0], maps[0] * before[1] + maps[1]])
+        maps = jnp.where(rank >= distance, composed, maps)
+        distance *= 2
+    leaving = maps[0] * start + maps[1]
+    entering = jnp.where(rank == 0, start, from_before(leaving, 1))
+    return entering, lax.psum(jnp.where(rank == size - 1, leaving, jnp.zeros_like(leaving)), axis)

@@ -1,0 +1,43 @@
+"""Layers run their scan over the devices among which the mesh splits time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.layers.axes import merge_leading, time_axis
+from jaxrec.layers.rglru import RGLRU
+from jaxrec.training.sharding import build_mesh
+from tests.ops.time.test_sharded import collectives
+
+BATCH, WIDTH = 2, 4
+
+
+@pytest.mark.parametrize("spec, axis", [("data=8", None), ("data=2,seq=4", "seq")])
+def test_the_axis_of_time_is_the_one_that_is_split(spec, axis):
+    x = jnp.zeros((2, 3, 5, 7))
+    assert time_axis() is None
+    with jax.set_mesh(build_mesh(spec)):
+        assert time_axis() == axis
+        assert merge_leading(x, 2).shape == ((6, 5, 7) if axis is None else x.shape)
+
+
+@pytest.mark.parametrize("time", [16, 15])
+def test_a_layer_gathers_no_sequence(time):
+    """15 steps cannot be split evenly: correct, and left to the compiler."""
+    layer = RGLRU(WIDTH, 2, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(BATCH, time, WIDTH)).astype(np.float32)
+    state = layer.init_state(BATCH)
+    want = jax.jit(layer)(x, state)
+    mesh = build_mesh("seq=4")
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(None, "seq") if time == 16 else jax.P())
+        program = jax.jit(layer, in_shardings=(place, None)).lower(x, state).compile()
+        got = program(jax.device_put(x, place), state)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
+    if time == 16:
+        counts, largest = collectives(program)
+        assert counts == {"all-gather": 1}
+        assert largest == 4 * 2 * BATCH * WIDTH < x.size

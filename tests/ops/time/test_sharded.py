@@ -1,0 +1,157 @@
+"""Time over devices: the numbers of one device, and nothing sent but carries."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.ops.time import linear_scan, sharded_linear_scan
+
+BATCH, TIME, WIDTH = 2, 24, 3
+MESHES = {"seq": {"seq": 8}, "data and seq": {"data": 2, "seq": 4}, "one device": {"seq": 1}}
+
+
+def mesh(sizes):
+    count = int(np.prod(list(sizes.values())))
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=jax.devices()[:count]
+    )
+
+
+def inputs(dtype=np.float32):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        x = rng.normal(size=shape)
+        return (x + 1j * rng.normal(size=shape) if dtype == np.complex64 else x).astype(dtype)
+
+    a, b, h0 = draw(BATCH, TIME, WIDTH), draw(BATCH, TIME, WIDTH), draw(BATCH, WIDTH)
+    return a / np.maximum(1, np.abs(a)), b, h0, rng.random((BATCH, TIME)) < 0.15
+
+
+def loss_and_gradient(scan, reset, weights):
+    """The sum of h and of the last state, each times its weights, and its gradients."""
+
+    def loss(a, b, h0):
+        h, last = scan(a, b, h0, reset=reset)
+        total = jnp.sum(h * weights[0]) + jnp.sum(last * weights[1])
+        return jnp.real(total), (h, last)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def close(got, want):
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=2e-6 * np.max(np.abs(right)))
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ppermute"])
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize(
+    "sizes, dtype, reverse, method",
+    [
+        ("seq", np.float32, False, "auto"),
+        ("seq", np.float32, True, "auto"),
+        ("data and seq", np.complex64, False, "associative"),
+        ("data and seq", np.complex64, True, "sequential"),
+        ("one device", np.float32, False, "chunked"),
+    ],
+)
+def test_equals_one_device(sizes, dtype, reverse, method, with_resets, exchange):
+    *arrays, reset = inputs(dtype)
+    reset = reset if with_resets else None
+    weights = inputs(dtype)[1:3]
+
+    def alone(*args, reset):
+        return linear_scan(*args, reverse=reverse, reset=reset)
+
+    def spread(*args, reset):
+        options = {"reverse": reverse, "reset": reset, "method": method}
+        return sharded_linear_scan(*args, axis="seq", exchange=exchange, **options)
+
+    want = jax.device_get(loss_and_gradient(alone, reset, weights)(*arrays))
+    with jax.set_mesh(mesh(MESHES[sizes])):
+        got = jax.device_get(loss_and_gradient(spread, reset, weights)(*arrays))
+    close(got, want)
+
+
+def test_without_a_state_it_begins_at_zero():
+    a, b, h0, _ = inputs()
+    with jax.set_mesh(mesh({"seq": 4})):
+        got = jax.device_get(jax.jit(lambda a, b: sharded_linear_scan(a, b, axis="seq"))(a, b))
+    close(got, linear_scan(a, b, np.zeros_like(h0)))
+
+
+def collectives(program):
+    """How often each kind of collective stands in a compiled program, and the largest result."""
+    found = re.findall(
+        r"= \w+\[([\d,]*)\]\S* "
+        r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        program.as_text(),
+    )
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape, _ in found]
+    kinds = [kind for _, kind in found]
+    return {kind: kinds.count(kind) for kind in set(kinds)}, max(sizes)
+
+
+@pytest.mark.parametrize(
+    "exchange, forward, both",
+    [
+        ("all_gather", {"all-gather": 1}, {"all-gather": 2}),
+        (
+            "ppermute",
+            {"collective-permute": 4, "all-reduce": 1},
+            {"collective-permute": 8, "all-reduce": 1},  # nobody asks for the last state again
+        ),
+    ],
+)
+def test_only_carries_travel(exchange, forward, both):
+    """log2(8) rounds and one shift by ppermute, or one gather; the gradient as much again."""
+    a, b, h0, _ = inputs()
+
+    def scan(a, b, h0):
+        return sharded_linear_scan(a, b, h0, axis="seq", exchange=exchange)
+
+    devices = mesh({"seq": 8})
+    with jax.set_mesh(devices):
+        over_time = jax.NamedSharding(devices, jax.P(None, "seq"))
+        everywhere = jax.NamedSharding(devices, jax.P())
+        places = (over_time, over_time, everywhere)
+
+        def pull_back(a, b, h0, dh, dlast):
+            return jax.vjp(scan, a, b, h0)[1]((dh, dlast))
+
+        compiled = jax.jit(scan, in_shardings=places).lower(a, b, h0).compile()
+        backward = (
+            jax.jit(pull_back, in_shardings=(*places, over_time, everywhere))
+            .lower(a, b, h0, b, h0)
+            .compile()
+        )
+    largest = 8 * 2 * BATCH * WIDTH  # every device's map
+    for program, counts in ((compiled, forward), (backward, both)):
+        found, size = collectives(program)
+        assert found == counts
+        assert size <= largest
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"axis": "sqe"}, "the current mesh has no axis 'sqe'"),
+        ({"exchange": "broadcast"}, "exchange must be one of"),
+        ({"method": "fast"}, "method must be one of"),
+    ],
+)
+def test_what_is_wrong_is_said(change, says):
+    a, b, h0, _ = inputs()
+    with jax.set_mesh(mesh({"seq": 4})), pytest.raises(ValueError, match=says):
+        sharded_linear_scan(a, b, h0, **({"axis": "seq"} | change))
+
+
+def test_steps_must_divide():
+    a, b, h0, _ = inputs()
+    with jax.set_mesh(mesh({"seq": 7})), pytest.raises(ValueError, match="24 steps do not divide"):
+        sharded_linear_scan(a, b, h0, axis="seq")
