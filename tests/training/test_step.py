@@ -1,0 +1,66 @@
+"""The compiled functions of a run: what the guard keeps, and what precision changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.training.config import TrainConfig
+from jaxrec.training.sharding import build_mesh
+from jaxrec.training.step import build_steps, cast_matrices, is_matrix
+from tests.training.small import LINEAR_RNN
+
+CONFIG = TrainConfig(steps=10, batch=2, time=8)
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return build_steps(LINEAR_RNN, CONFIG, build_mesh("data=1"))
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    inputs, labels = rng.integers(0, 256, (2, 2, 8), dtype=np.int32)
+    ones = np.ones((2, 8), np.int32)
+    return jax.tree.map(jnp.asarray, {"inputs": inputs, "labels": labels, "segment_ids": ones})
+
+
+def test_a_step_lowers_the_loss_of_its_batch(steps):
+    state = steps.init()
+    losses = []
+    for _ in range(8):
+        state, metrics = steps.train(state, batch(), jnp.int32(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.01
+    assert int(state["step"]) == 8 and bool(metrics["healthy"])
+
+
+def test_after_a_bad_step_nothing_changes_any_more(steps):
+    state = steps.init()
+    table = state["params"]["embedding"]["table"]
+    state["params"]["embedding"]["table"] = table.at[3].set(jnp.nan)
+    before = jax.device_get(state["params"])
+    bad = batch()
+    bad["inputs"] = bad["inputs"].at[0, 0].set(3)
+    for good_or_bad in (bad, batch(1)):
+        state, metrics = steps.train(state, good_or_bad, jnp.int32(0))
+        assert not metrics["healthy"]
+        assert int(state["step"]) == 0
+    for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_evaluation_sums_over_labels(steps):
+    params = steps.init()["params"]
+    nats, labels = steps.evaluate(params, batch(), jnp.int32(0))
+    assert labels == 16
+    assert 4 < nats / labels < 8  # near log(272) before training
+
+
+def test_only_matrices_are_cast(steps):
+    params = steps.init()["params"]
+    model = steps.merge(params)
+    cast = cast_matrices(params, is_matrix(model), jnp.bfloat16)
+    assert cast["embedding"]["table"].dtype == jnp.bfloat16
+    assert cast["blocks"]["recurrent"]["recurrence"]["decay"].dtype == jnp.float32
+    assert cast["norm"]["scale"].dtype == jnp.float32
