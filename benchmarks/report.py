@@ -38,7 +38,39 @@ def pair(median: float, least: float, digits: int) -> str:
     return f"{median:.{digits}f} ({least:.{digits}f})"
 
 
+SHAPES = 4
+"""From so many shapes on a report shows how time and memory grow, not who is how fast."""
+
+
+def scan_lengths(report: dict) -> list[str]:
+    """One row per length of the default method, beside the plain loop."""
+    by_name: dict[str, dict[int, dict]] = {}
+    for record in report["results"]:
+        by_name.setdefault(record["candidate"], {})[record["shape"][1]] = record
+    batch, _, width = report["results"][0]["shape"]
+    rows = []
+    for time, record in by_name["jaxrec auto"].items():
+        row = [f"{time:,}"]
+        for pass_ in ("forward", "both"):
+            x, plain = record[pass_], by_name["lax.scan"][time][pass_]
+            row += [
+                pair(x["median_ms"], x["least_ms"], 1),
+                f"{1e6 * x['least_ms'] / time:.0f}",
+                f"{x['temp_mib']:.1f}",
+                f"{plain['temp_mib']:.1f}",
+            ]
+        rows.append(row)
+    lines = [f"Linear scan by length, method auto, (b, t, d) = ({batch}, t, {width}).", ""]
+    return lines + table(
+        "t | forward ms | ns per step | temp MiB | lax.scan's | forward + backward ms"
+        " | ns per step | temp MiB | lax.scan's",
+        rows,
+    )
+
+
 def scan(report: dict) -> list[str]:
+    if len({tuple(record["shape"]) for record in report["results"]}) >= SHAPES:
+        return scan_lengths(report)
     lines = []
     for shape in dict.fromkeys(tuple(record["shape"]) for record in report["results"]):
         records = [x for x in report["results"] if tuple(x["shape"]) == shape]
