@@ -24,12 +24,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import MESH_AXES
+from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
+from jaxrec.layers.s4d import S4DConfig
+from jaxrec.layers.s5 import S5Config
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.time import linear_scan
+from jaxrec.ops.time import dense_scan, linear_scan
 from tests import references
 
 EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
@@ -250,14 +253,18 @@ def module(
       build: rngs -> module.
       start: module, b, t -> state.
       call: module, x, state, reset -> y, state.
-      **fields: `x` (rng, b, t -> input) and further fields of `Subject`.
+      **fields: `x` (rng, b, t -> input), `draws` (last word of a parameter's path -> rng, shape ->
+        values, where the usual ones would not do) and further fields of `Subject`.
     """
     graph, variables = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = nnx.to_pure_dict(variables)
     x = fields.pop("x", activations)
+    draws = fields.pop("draws", {})
 
     def parameters(rng: np.random.Generator) -> Any:
         def parameter(path: Any, leaf: Any) -> np.ndarray:
+            if path[-1].key in draws:
+                return draws[path[-1].key](rng, leaf.shape).astype(np.float32)
             if path[-1].key == "decay":
                 return rng.uniform(-5, -2, leaf.shape).astype(np.float32)
             return np.float32(path[-1].key == "scale") + np.float32(0.3) * draw(rng, leaf.shape)
@@ -392,6 +399,73 @@ def linear_rnn() -> Subject:
     )
 
 
+STEPS = {"log_step": lambda rng, shape: rng.uniform(-3, -1, shape)}
+
+
+def dense_system() -> Subject:
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        params = {
+            "a": draw(rng, (3, 4, 4)) * np.float32(0.2),
+            "b": draw(rng, (3, 4)),
+            "c": draw(rng, (3, 2, 4)),
+        }
+        return params, draw(rng, (batch, time, 3))
+
+    def run(op: Any) -> Any:
+        return lambda params, x, *rest: op(params["a"], params["b"], params["c"], x, *rest)
+
+    return Subject(
+        name="dense_scan",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, 3, 4), np.float32),
+        run=run(dense_scan),
+        loop=run(references.dense_scan),
+    )
+
+
+def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
+    return module(
+        name,
+        config.build,
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        trained=True,
+        **fields,
+    )
+
+
+def lssl(alpha: float) -> Subject:
+    """With a matrix that is stable, and not LegS."""
+    config = LSSLConfig(
+        width=8, state=4, outputs=2, alpha=alpha, train_transition=True, train_step=True
+    )
+    return state_space(
+        f"LSSL alpha {alpha}",
+        config,
+        lambda params, x, state, reset: references.lssl(params, x, state, reset, alpha),
+        draws=STEPS | {"transition": lambda rng, shape: rng.normal(size=shape) - 3 * np.eye(4)},
+    )
+
+
+def s4d(method: str) -> Subject:
+    return state_space(
+        f"S4D {method}",
+        S4DConfig(width=8, state=6, discretization=method),
+        lambda params, x, state, reset: references.s4d(params, x, state, reset, method),
+        draws=STEPS,
+    )
+
+
+def s5(method: str, *, conj_sym: bool) -> Subject:
+    return state_space(
+        f"S5 {method}",
+        S5Config(width=8, state=3, discretization=method, conj_sym=conj_sym, clip_eigs=True),
+        lambda params, x, state, reset: references.s5(params, x, state, reset, method, conj_sym),
+        draws=STEPS | {"eigenvalue_real": lambda rng, shape: rng.uniform(-2, 0.5, shape)},
+    )
+
+
 SUBJECTS = [
     *(
         scan(method, dtype, reverse=reverse)
@@ -404,6 +478,13 @@ SUBJECTS = [
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),
     rglru(),
     recurrent_block(),
+    dense_system(),
+    lssl(0.5),
+    lssl(1.0),
+    s4d("zoh"),
+    s4d("bilinear"),
+    s5("zoh", conj_sym=True),
+    s5("bilinear", conj_sym=False),
     huginn("Huginn", cached=False, tie_embeddings=False, adapter_bias=True),
     huginn("Huginn cached", cached=True),
     linear_rnn(),
@@ -685,7 +766,7 @@ def test_bfloat16_stays_finite_and_close(subject):
     )
     want, _, _ = subject.exact(*rounded, subject.start(rounded[0], 3, 100), None)
     for leaf in jax.tree.leaves((y, last)):
-        assert np.all(np.isfinite(leaf.astype(jnp.float32)))
+        assert np.all(np.isfinite(np.abs(leaf).astype(jnp.float32)))
     error = np.max(np.abs(y.astype(np.float64) - want)) / np.max(np.abs(want))
     assert error <= subject.bf16 * EPSILON[jnp.bfloat16]
 

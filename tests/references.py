@@ -186,3 +186,59 @@ def huginn(params, tokens, latent, reset, config, depth):
         x = sandwich_block(layer(params["coda"], i), x, reset, config)
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
+
+
+def bilinear(a, b, step, alpha):
+    """A_bar and B_bar for each step; alpha = 0 Euler, 1/2 bilinear, 1 backward Euler."""
+    identity = np.eye(b.shape[0], dtype=b.dtype)
+    systems = []
+    for dt in step:
+        left = identity - alpha * dt * a
+        right = identity + (1 - alpha) * dt * a
+        systems.append((np.linalg.solve(left, right), np.linalg.solve(left, dt * b)))
+    return tuple(np.stack(part) for part in zip(*systems, strict=True))
+
+
+def dense_scan(a_bar, b_bar, c, u, x, reset):
+    out = []
+    for t in range(u.shape[1]):
+        x = np.where(reset[:, t, None, None], 0, x)
+        x = np.einsum("dnk,bdk->bdn", a_bar, x) + b_bar * u[:, t, :, None]
+        out.append(np.einsum("dmn,bdn->bdm", c, x))
+    return np.stack(out, axis=1), x
+
+
+def lssl(params, u, x, reset, alpha):
+    a_bar, b_bar = bilinear(
+        params["transition"], params["input"], np.exp(params["log_step"]), alpha
+    )
+    y, x = dense_scan(a_bar, b_bar, params["output"], u, x, reset)
+    return y + params["skip"] * u[..., None], x
+
+
+def diagonal(eigenvalues, step, method):
+    """A_bar and the factor of B."""
+    z = eigenvalues * step
+    if method == "zoh":
+        return np.exp(z), np.expm1(z) / eigenvalues
+    return (1 + z / 2) / (1 - z / 2), step / (1 - z / 2)
+
+
+def s4d(params, u, x, reset, method):
+    eigenvalues = -np.exp(params["log_rate"]) + 1j * params["frequency"]
+    decay, gain = diagonal(eigenvalues, np.exp(params["log_step"])[:, None], method)
+    decay = np.broadcast_to(decay, (*u.shape, decay.shape[-1]))
+    states, x = linear_scan(decay, gain * u[..., None], x, reset)
+    c = params["output_real"] + 1j * params["output_imag"]
+    return 2 * np.sum(c * states, axis=-1).real + params["skip"] * u, x
+
+
+def s5(params, u, x, reset, method, conj_sym):
+    real = np.minimum(params["eigenvalue_real"], -1e-4)
+    eigenvalues = real + 1j * params["eigenvalue_imag"]
+    decay, gain = diagonal(eigenvalues, np.exp(params["log_step"]), method)
+    b = gain[:, None] * (params["input_real"] + 1j * params["input_imag"])
+    decay = np.broadcast_to(decay, (*u.shape[:2], decay.shape[-1]))
+    states, x = linear_scan(decay, u @ b.T, x, reset)
+    c = params["output_real"] + 1j * params["output_imag"]
+    return (2 if conj_sym else 1) * (states @ c.T).real + params["skip"] * u, x

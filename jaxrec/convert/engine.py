@@ -21,7 +21,7 @@ from flax import nnx
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
-SYSTEMS = ("huginn",)
+SYSTEMS = ("huginn", "s5")
 """Names of the systems that can be converted; each is a module beside this one."""
 
 

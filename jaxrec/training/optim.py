@@ -46,16 +46,18 @@ def build(
         return optax.chain(clip, adam_atan2(rate, config, mask=mask, stacked=stacked))
     return optax.chain(
         clip,
-        _with_standard_promotion(
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-        ),
+        scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _with_standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets optax raise a float to its int32 step count under strict dtype promotion."""
+def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction, without a learning rate.
+
+    optax raises a float to its int32 step count, which strict dtype promotion would refuse.
+    """
+    inner = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         with jax.numpy_dtype_promotion("standard"):

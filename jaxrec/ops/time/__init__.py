@@ -1,6 +1,21 @@
 """Recurrences in time."""
 
+from jaxrec.ops.time.lti import (
+    dense_scan,
+    diagonal_kernel,
+    diagonal_last_state,
+    fft_conv,
+    krylov,
+)
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.sharded import sharded_linear_scan
 
-__all__ = ["linear_scan", "sharded_linear_scan"]
+__all__ = [
+    "dense_scan",
+    "diagonal_kernel",
+    "diagonal_last_state",
+    "fft_conv",
+    "krylov",
+    "linear_scan",
+    "sharded_linear_scan",
+]

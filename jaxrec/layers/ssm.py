@@ -1,0 +1,63 @@
+"""What the linear time-invariant layers share: their time steps, and which of their two views
+runs.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+View = Literal["auto", "conv", "scan"]
+
+
+def check_steps(name: str, smallest: float, largest: float) -> None:
+    """Refuses a range of time steps that is not 0 < smallest <= largest."""
+    if not 0 < smallest <= largest < float("inf"):
+        raise ValueError(
+            f"{name}: step sizes need 0 < dt_min <= dt_max, got {smallest} and {largest}."
+        )
+
+
+def log_uniform_steps(key: Array, shape: tuple[int, ...], least: float, most: float) -> Array:
+    """log dt for steps spread evenly on a logarithmic scale, float32."""
+    return jax.random.uniform(key, shape, minval=np.log(least), maxval=np.log(most))
+
+
+def rescaled_step(name: str, log_step: Array, rescale: float | Array) -> Array:
+    """dt = rescale exp(log_step), float32.
+
+    Args:
+      name: of the layer, for the message.
+      log_step: (...).
+      rescale: > 0, scalar: 2 for a signal that has every second sample of those in training.
+    """
+    if not isinstance(rescale, jax.core.Tracer) and not np.all(np.asarray(rescale) > 0):
+        raise ValueError(f"{name}: step_rescale must be > 0, got {rescale}.")
+    return jnp.exp(log_step.astype(jnp.float32)) * jnp.asarray(rescale, jnp.float32)
+
+
+def start(name: str, state: Array | None, x: Array, zeros: Array) -> Array:
+    """The given state, or zeros; one that does not belong to this batch is refused."""
+    if state is None:
+        return zeros
+    if state.shape != zeros.shape:
+        raise ValueError(
+            f"{name}: x {x.shape} needs a state of shape {zeros.shape}, got {state.shape}."
+            " Take it from init_state or from the call before, with the same batch size."
+        )
+    return state
+
+
+def convolves(name: str, method: View, state: Array | None, reset: Array | None) -> bool:
+    """Whether the convolutional view runs; it knows neither a state to begin with nor resets."""
+    if method not in get_args(View):
+        raise ValueError(f"{name}: method must be one of {get_args(View)}, got {method!r}.")
+    anew = state is None and reset is None
+    if method == "conv" and not anew:
+        raise ValueError(
+            f"{name}: method 'conv' begins at zero and knows no resets; give neither state nor"
+            " reset, or use 'scan'."
+        )
+    return anew and method != "scan"

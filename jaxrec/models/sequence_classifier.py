@@ -1,0 +1,270 @@
+"""One label for a whole sequence, by a stack of state-space layers.
+
+    x = W_in u;   x = x + dropout(act(mixer(norm(x))))   for each block;   logits = W_out mean_t x_t
+
+or, without prenorm, x = norm(x + dropout(act(mixer(x)))). The mixer is S5, S4D, LSSL, or the RG-LRU
+as a baseline with a real decay. The originals normalise over the batch; here layer norm stands in
+its place everywhere, so that a model holds no statistics and examples do not talk.
+
+Smith et al., S5 (2022), arXiv:2208.04933, section 6 and appendix G; Gu et al., LSSL (2021),
+arXiv:2110.13985, appendix E.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxrec.layers.axes import constrain
+from jaxrec.layers.linear import Linear
+from jaxrec.layers.lssl import LSSL, LSSLConfig
+from jaxrec.layers.norm import LayerNorm
+from jaxrec.layers.rglru import RGLRU
+from jaxrec.layers.s4d import S4DConfig
+from jaxrec.layers.s5 import S5, S5Config
+from jaxrec.ops.depth import remat_scan
+
+Activation = Literal["gelu", "full_glu", "half_glu1", "half_glu2"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RGLRUConfig:
+    """The baseline: a real, input-dependent decay. It knows nothing of time steps."""
+
+    width: int
+    heads: int = 1  # blocks of the gates' matrices
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"RGLRUConfig: width must be a multiple of heads, got {self.width} and"
+                f" {self.heads}."
+            )
+
+    def build(self, *, rngs: nnx.Rngs) -> RGLRU:
+        """A freshly initialised layer."""
+        return RGLRU(self.width, self.heads, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceClassifierConfig:
+    """Sizes and what a block is made of."""
+
+    inputs: int  # features of each step
+    classes: int
+    mixer: S5Config | S4DConfig | LSSLConfig | RGLRUConfig  # its width is the width of the stream
+    layers: int
+    activation: Activation = "half_glu1"
+    prenorm: bool = True  # normalise what a block reads, instead of what it leaves
+    dropout: float = 0.0  # share of the channels that a block's output loses, for all steps alike
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("inputs", "classes", "layers"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"SequenceClassifierConfig: {field} must be >= 1, got {getattr(self, field)}."
+                )
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"SequenceClassifierConfig: activation must be one of {get_args(Activation)},"
+                f" got {self.activation!r}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"SequenceClassifierConfig: dropout must lie in [0, 1), got {self.dropout}."
+            )
+        if self.outputs > 1 and self.activation.startswith("half_glu"):
+            raise ValueError(
+                f"SequenceClassifierConfig: {self.activation} gates the features themselves, but"
+                f" the mixer has {self.outputs} outputs for each; use gelu or full_glu."
+            )
+
+    @property
+    def width(self) -> int:
+        """Model width d."""
+        return self.mixer.width
+
+    @property
+    def outputs(self) -> int:
+        """What a mixer gives for each feature."""
+        return self.mixer.outputs if isinstance(self.mixer, LSSLConfig) else 1
+
+    def build(self, *, rngs: nnx.Rngs) -> "SequenceClassifier":
+        """A freshly initialised model."""
+        return SequenceClassifier(self, rngs=rngs)
+
+
+class GatedActivation(nnx.Module):
+    """What follows a mixer, with g = gelu(x).
+
+        gelu g or W1 g;   full_glu W1 g * sigmoid(W2 g);
+        half_glu1 g * sigmoid(W2 g);   half_glu2 x * sigmoid(W2 g)
+
+    gelu has its W1 where the mixer acts on every feature by itself or has several outputs for each.
+    """
+
+    def __init__(self, kind: Activation, inputs: int, width: int, *, mix: bool, rngs: nnx.Rngs):
+        self.kind = kind
+        init, axes = jax.nn.initializers.lecun_normal(), ("embed", "mlp")
+
+        def linear() -> Linear:
+            return Linear(inputs, width, init=init, axes=axes, bias=True, rngs=rngs)
+
+        self.value = linear() if kind == "full_glu" or (kind == "gelu" and mix) else None
+        self.gate = linear() if kind != "gelu" else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (b t e) to (b t d)."""
+        g = jax.nn.gelu(x)
+        y = x if self.kind == "half_glu2" else g
+        if self.value is not None:
+            y = self.value(g)
+        return y if self.gate is None else y * jax.nn.sigmoid(self.gate(g))
+
+
+class MixerBlock(nnx.Module):
+    """Mixer and activation, normalised and added to the stream."""
+
+    def __init__(self, config: SequenceClassifierConfig, *, rngs: nnx.Rngs):
+        self.prenorm = config.prenorm
+        self.dropout = config.dropout
+        self.norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
+        self.mixer = config.mixer.build(rngs=rngs)
+        self.activation = GatedActivation(
+            config.activation,
+            config.width * config.outputs,
+            config.width,
+            mix=isinstance(config.mixer, S4DConfig | LSSLConfig),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Array, valid: Array, step_rescale: float | Array, key: Array | None
+    ) -> Array:
+        """Maps x (b t d) to (b t d); `valid` (b t), and no dropout without a key."""
+        y = self.norm(x) if self.prenorm else x
+        y = self.activation(self._mix(y, valid, step_rescale))
+        if key is not None and self.dropout:
+            shape = (y.shape[0], 1, y.shape[2])
+            kept = jax.random.bernoulli(key, 1 - self.dropout, shape)
+            y = jnp.where(kept, y / (1 - self.dropout), 0)
+        x = x + y
+        return constrain(x if self.prenorm else self.norm(x), "batch", "time", None)
+
+    def _mix(self, x: Array, valid: Array, step_rescale: float | Array) -> Array:
+        """Only S5 may look back from the padding at the end, and needs to know it."""
+        if isinstance(self.mixer, RGLRU):
+            begin = jnp.zeros_like(valid).at[:, 0].set(True)
+            return self.mixer(x, self.mixer.init_state(x.shape[0]), reset=begin)[0]
+        if isinstance(self.mixer, S5):
+            return self.mixer(x, valid=valid, step_rescale=step_rescale)[0]
+        y, _ = self.mixer(x, step_rescale=step_rescale)
+        return y.reshape(*x.shape[:2], -1) if isinstance(self.mixer, LSSL) else y
+
+
+class SequenceClassifier(nnx.Module):
+    """The model. It reads a sequence as a whole and therefore carries no state."""
+
+    def __init__(self, config: SequenceClassifierConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = jax.nn.initializers.lecun_normal()
+        self.encoder = Linear(
+            config.inputs, config.width, init=init, axes=(None, "embed"), bias=True, rngs=rngs
+        )
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = jax.vmap(lambda key: MixerBlock(config, rngs=nnx.Rngs(key)))(keys)
+        self.decoder = Linear(
+            config.width, config.classes, init=init, axes=("embed", None), bias=True, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        lengths: Array | None = None,
+        *,
+        step_rescale: float | Array = 1.0,
+        key: Array | None = None,
+    ) -> Array:
+        """Scores the classes.
+
+        Args:
+          x: input (b t inputs).
+          lengths: valid steps of each sequence, int (b) >= 1; what comes after them changes
+            nothing. None: all.
+          step_rescale: factor on every time step, for a signal sampled at another rate than in
+            training: 2 for every second sample, 1/2 for twice as many. The RG-LRU has none.
+          key: of dropout; None drops nothing.
+
+        Returns:
+          Logits (b classes), float32.
+        """
+        batch, time, _ = x.shape
+        lengths = jnp.full(batch, time) if lengths is None else lengths
+        valid = jnp.arange(time)[None] < lengths[:, None]
+        # A convolution by FFT would carry a large or infinite input everywhere.
+        x = constrain(self.encoder(jnp.where(valid[..., None], x, 0)), "batch", "time", None)
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+
+        def body(x: Array, layer: tuple[MixerBlock, Array | None]) -> tuple[Array, None]:
+            block, block_key = layer
+            return block(x, valid, step_rescale, block_key), None
+
+        with jax.named_scope("blocks"):
+            x, _ = remat_scan(body, x, (self.blocks, keys))
+        with jax.named_scope("head"):
+            total = jnp.sum(jnp.where(valid[..., None], x, 0), axis=1, dtype=jnp.float32)
+            mean = total / lengths[:, None].astype(jnp.float32)
+            return self.decoder(mean).astype(jnp.float32)
+
+
+LRA_IMAGE = SequenceClassifierConfig(
+    inputs=1,
+    classes=10,
+    mixer=S5Config(width=512, state=192, blocks=3, bidirectional=True, clip_eigs=True),
+    layers=6,
+    dropout=0.1,
+)
+"""Grey CIFAR-10 as 1024 pixels in a row, with the sizes of S5's published run."""
+
+LRA_PATHFINDER = SequenceClassifierConfig(
+    inputs=1,
+    classes=2,
+    mixer=S5Config(
+        width=192,
+        state=128,
+        blocks=8,
+        bidirectional=True,
+        output_init="trunc_standard_normal",
+    ),
+    layers=6,
+    dropout=0.05,
+)
+"""Whether two points are joined, in 1024 pixels in a row, with the sizes of S5's published run."""
+
+LRA_PATH_X = SequenceClassifierConfig(
+    inputs=1,
+    classes=2,
+    mixer=S5Config(
+        width=128,
+        state=128,
+        blocks=16,
+        bidirectional=True,
+        output_init="complex_normal",
+        dt_min=1e-4,
+    ),
+    layers=6,
+)
+"""The same in 16384 pixels, with the sizes of S5's published run."""
+
+SPEECH_COMMANDS = SequenceClassifierConfig(
+    inputs=1,
+    classes=35,
+    mixer=S5Config(width=96, state=64, blocks=16, bidirectional=True),
+    layers=6,
+    dropout=0.1,
+)
+"""One of 35 words in a second of sound, 16000 samples, with the sizes of S5's published run."""

@@ -1,0 +1,80 @@
+"""LSSL where the laws do not look: the convolutional view, what is trained, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec.layers.lssl import LSSLConfig
+from jaxrec.testing import assert_close
+
+
+def build(**options):
+    config = LSSLConfig(width=3, state=4, outputs=2, **options)
+    return jax.jit(lambda key: config.build(rngs=nnx.Rngs(key)))(jax.random.key(0))
+
+
+def signal(time=9):
+    return np.random.default_rng(0).normal(size=(2, time, 3)).astype(np.float32)
+
+
+run = jax.jit(lambda layer, x, **kwargs: layer(x, **kwargs), static_argnames="method")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_both_views_agree_and_so_do_their_gradients(alpha):
+    layer = build(alpha=alpha, train_transition=True, train_step=True)
+
+    @jax.jit
+    def gradients(layer):
+        return [
+            jax.grad(lambda layer, m=m: jnp.sum(jnp.sin(layer(signal(), method=m)[0])))(layer)
+            for m in ("conv", "scan")
+        ]
+
+    convolved, scanned = (run(layer, signal(), method=m) for m in ("conv", "scan"))
+    assert convolved[0].shape == (2, 9, 3, 2)
+    for left, right in zip(convolved, scanned, strict=True):
+        assert_close(left, right, rtol=5e-6)
+    for left, right in zip(*map(jax.tree.leaves, gradients(layer)), strict=True):
+        assert np.any(right)
+        assert_close(left, right, rtol=2e-5)
+
+
+def test_what_was_convolved_can_be_continued_step_by_step():
+    layer, x = build(), signal()
+    whole, _ = run(layer, x)
+    y, state = run(layer, x[:, :6], method="conv")
+    outputs = [y]
+    for t in range(6, 9):
+        y, state = run(layer, x[:, t : t + 1], state=state)
+        outputs.append(y)
+    assert_close(np.concatenate(outputs, axis=1), whole, rtol=5e-6)
+
+
+@pytest.mark.parametrize("transition", [False, True])
+@pytest.mark.parametrize("step", [False, True])
+def test_only_what_is_trained_receives_a_gradient(transition, step):
+    layer = build(train_transition=transition, train_step=step)
+    gradient = jax.jit(jax.grad(lambda layer: jnp.sum(layer(signal())[0])))(layer)
+    assert np.any(gradient.log_step[...]) == step
+    assert (gradient.transition is not None) == transition
+    if transition:
+        assert np.any(gradient.transition[...]) and np.any(gradient.input[...])
+
+
+def test_bad_input_is_refused():
+    layer, x = build(), signal()
+    with pytest.raises(ValueError, match=r"outputs must be >= 1, got 0"):
+        LSSLConfig(width=3, state=4, outputs=0)
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1\.5"):
+        LSSLConfig(width=3, state=4, alpha=1.5)
+    with pytest.raises(ValueError, match=r"0 < dt_min <= dt_max, got -1\.0 and 0\.1"):
+        LSSLConfig(width=3, state=4, dt_min=-1.0)
+    with pytest.raises(ValueError, match=r"step_rescale must be > 0, got -2"):
+        layer(x, step_rescale=-2)
+    with pytest.raises(ValueError, match=r"needs a state of shape \(2, 3, 4\), got \(1, 3, 4\)"):
+        layer(x, layer.init_state(1))
+    with pytest.raises(ValueError, match=r"method 'conv' begins at zero and knows no resets"):
+        layer(x, layer.init_state(2), method="conv")
