@@ -180,11 +180,13 @@ class MambaLM(nnx.Module):
         Returns:
           Logits (b t vocab), float32, and the next state.
         """
+        # What begins anew and has no segments needs no resets.
+        needs_resets = state is not None or segment_ids is not None
         if state is None:
             state = self.init_state(tokens.shape[0])
         if segment_ids is None:
             segment_ids = segments.continued(state.segment, tokens.shape[1])
-        reset = segments.resets(segment_ids, state.segment)
+        reset = segments.resets(segment_ids, state.segment) if needs_resets else None
 
         def body(x: Array, layer: tuple[MambaBlock, MambaState]) -> tuple[Array, MambaState]:
             block, block_state = layer
