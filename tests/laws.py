@@ -25,14 +25,16 @@ from jax.sharding import PartitionSpec as P
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import MESH_AXES
 from jaxrec.layers.lssl import LSSLConfig
+from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
+from jaxrec.models.mamba import MambaConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.time import dense_scan, linear_scan
+from jaxrec.ops.time import dense_scan, linear_scan, selective_scan
 from tests import references
 
 EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
@@ -226,6 +228,28 @@ def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subj
     )
 
 
+def selective(method: str) -> Subject:
+    """`selective_scan` in chunks of 4, so that some sequences take several and some end inside."""
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        x, b, c = (draw(rng, (batch, time, width)) for width in (3, 2, 2))
+        dt = rng.uniform(0.1, 1.0, x.shape).astype(np.float32)
+        a = -rng.uniform(0.1, 2.0, (3, 2)).astype(np.float32)
+        return {"a": a}, {"x": x, "dt": dt, "b": b, "c": c}
+
+    return Subject(
+        name=f"selective_scan {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, 3, 2), np.float32),
+        run=lambda params, x, h, reset: selective_scan(
+            x["x"], x["dt"], params["a"], x["b"], x["c"], h, reset=reset, chunk=4, method=method
+        ),
+        loop=lambda params, x, h, reset: references.selective_scan(
+            x["x"], x["dt"], params["a"], x["b"], x["c"], h, reset
+        ),
+    )
+
+
 def convolution() -> Subject:
     return Subject(
         name="causal_conv",
@@ -330,6 +354,42 @@ def recurrent_block() -> Subject:
         start=lambda layer, b, t: layer.init_state(b),
         call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
+    )
+
+
+def mamba_mixer() -> Subject:
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        y, *state = references.mamba_mixer(params, x, *state, reset)
+        return y, tuple(state)
+
+    return module(
+        "Mamba",
+        functools.partial(Mamba, 8, 6, 2, 3, bias=True),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+    )
+
+
+def mamba() -> Subject:
+    config = MambaConfig(
+        vocab_size=VOCAB, width=8, layers=2, inner_width=6, step_rank=2, state_size=3
+    )
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        anew = reset.copy()
+        anew[:, 0] = True  # the state before the first token is no state at all
+        return references.mamba(params, x, anew, config), None
+
+    return module(
+        "MambaLM",
+        config.build,
+        x=tokens,
+        start=lambda model, b, t: model.init_state(b),
+        call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
+        loop=loop,
+        bf16=2.0,
+        trained=True,
     )
 
 
@@ -473,6 +533,7 @@ SUBJECTS = [
         for dtype in (np.float32, np.complex64)
         for reverse in (False, True)
     ),
+    *(selective(method) for method in ("sequential", "chunked")),
     convolution(),
     attention("Attention", cached=False),
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),
@@ -488,6 +549,8 @@ SUBJECTS = [
     huginn("Huginn", cached=False, tie_embeddings=False, adapter_bias=True),
     huginn("Huginn cached", cached=True),
     linear_rnn(),
+    mamba_mixer(),
+    mamba(),
 ]
 
 LOOPS = [

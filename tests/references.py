@@ -20,6 +20,16 @@ def linear_scan(a, b, h, reset):
     return np.stack(out, axis=1), h
 
 
+def selective_scan(x, dt, a, b, c, h, reset):
+    out = []
+    for t in range(x.shape[1]):
+        h = np.where(spread(reset[:, t], h), 0, h)
+        entering = (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
+        h = np.exp(dt[:, t, :, None] * a) * h + entering
+        out.append(np.sum(h * c[:, t, None], axis=-1))
+    return np.stack(out, axis=1), h
+
+
 def causal_conv(x, kernel, bias, window, reset):
     out = []
     for t in range(x.shape[1]):
@@ -140,6 +150,33 @@ def recurrent_block(params, x, window, h, reset):
     )
     inner, h = rglru(params["recurrence"], inner, h, reset)
     return linear(params["out"], gelu(linear(params["gate"], x)) * inner), window, h
+
+
+def mamba_mixer(params, x, window, h, reset, activation=silu):
+    both = linear(params["input"], x)
+    bias = params.get("conv_bias", np.zeros_like(both[0, 0, 0]))
+    u, window = causal_conv(both[:, :, 0], params["conv_kernel"], bias, window, reset)
+    u = activation(u)
+    n = params["log_rate"].shape[1]
+    select = linear(params["select"], u)
+    low, b, c = np.split(select, [select.shape[-1] - 2 * n, select.shape[-1] - n], axis=-1)
+    dt = softplus(linear(params["step"], low))
+    y, h = selective_scan(u, dt, -np.exp(params["log_rate"]), b, c, h, reset)
+    y = (y + params["skip"] * u) * activation(both[:, :, 1])
+    return linear(params["out"], y), window, h
+
+
+def mamba(params, tokens, reset, config, activation=silu):
+    x = params["embedding"]["table"][tokens]
+    batch, inner = tokens.shape[0], config.inner_width
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        window = np.zeros((batch, config.conv_width - 1, inner), x.dtype)
+        h = np.zeros((batch, inner, config.state_size), x.dtype)
+        normed = rms_norm(block["norm"], x, config.norm_epsilon)
+        x = x + mamba_mixer(block["mixer"], normed, window, h, reset, activation)[0]
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
 
 
 def layer(stacked, i):

@@ -16,6 +16,17 @@ def truncated_normal(stddev: float) -> Initializer:
     return jax.nn.initializers.truncated_normal(stddev, lower=-3.0, upper=3.0)
 
 
+def uniform(limit: float) -> Initializer:
+    """Uniform between -limit and limit; PyTorch's linear maps and convolutions begin so, with the
+    limit 1 / sqrt(inputs).
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis, computed in the dtype of W.
 
@@ -31,11 +42,14 @@ class Linear(nnx.Module):
         init: Initializer,
         axes: tuple[str | None, ...],
         bias: bool = False,
+        bias_init: Initializer = jax.nn.initializers.zeros,
         rngs: nnx.Rngs,
     ):
         shape = (outputs,) if isinstance(outputs, int) else outputs
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *shape), jnp.float32), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape), axes=axes[1:]) if bias else None
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), shape, jnp.float32), axes=axes[1:]) if bias else None
+        )
 
     def __call__(self, x: Array) -> Array:
         """Maps (... d) to (... outputs)."""

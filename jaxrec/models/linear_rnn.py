@@ -120,10 +120,7 @@ class LinearRNNState(NamedTuple):
     """What is carried from one call to the next; its size does not depend on the tokens seen."""
 
     blocks: RecurrentState  # of every layer: leaves have a leading axis l
-    segment: Array  # int32 (b): segment of the last token; NOTHING before the first
-
-
-NOTHING = -1
+    segment: Array  # int32 (b): segment of the last token; segments.NOTHING before the first
 
 
 class LinearRNN(nnx.Module):
@@ -148,7 +145,7 @@ class LinearRNN(nnx.Module):
             window=jnp.zeros((*shape, config.conv_width - 1, config.recurrent_width)),
             hidden=jnp.zeros((*shape, config.recurrent_width)),
         )
-        return LinearRNNState(blocks, jnp.full(batch, NOTHING, jnp.int32))
+        return LinearRNNState(blocks, segments.before_the_first(batch))
 
     def __call__(
         self,
@@ -175,7 +172,7 @@ class LinearRNN(nnx.Module):
             # Zeros that follow the tokens' sharding, as a carry must.
             state = self.init_state(tokens.shape[0])
         if segment_ids is None:
-            segment_ids = jnp.broadcast_to(jnp.maximum(state.segment, 1)[:, None], tokens.shape)
+            segment_ids = segments.continued(state.segment, tokens.shape[1])
         reset = segments.resets(segment_ids, state.segment)
 
         def body(

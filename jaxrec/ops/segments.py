@@ -3,6 +3,21 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+NOTHING = -1
+"""The segment of the token before the first one."""
+
+
+def before_the_first(batch: int) -> Array:
+    """The segment of the last token of each row when there was none, int32 (b)."""
+    return jnp.full(batch, NOTHING, jnp.int32)
+
+
+def continued(previous: Array, time: int) -> Array:
+    """Segment ids int32 (b t) of tokens that go on with the segment `previous` (b), or begin
+    segment 1 after nothing.
+    """
+    return jnp.broadcast_to(jnp.maximum(previous, 1)[:, None], (previous.shape[0], time))
+
 
 def resets(segment_ids: Array, previous: Array | None = None) -> Array:
     """Marks the tokens at which another segment begins.

@@ -1,4 +1,4 @@
-"""Both models meet what training and generation ask of them."""
+"""All models meet what training and generation ask of them."""
 
 import dataclasses
 import json
@@ -11,10 +11,19 @@ from flax import nnx
 
 from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
-from jaxrec.models import huginn, linear_rnn
+from jaxrec.models import huginn, linear_rnn, mamba
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 
-CONFIGS = [huginn.TINY, huginn.SMALL, huginn.HUGINN_3_5B, linear_rnn.TINY, linear_rnn.SMALL]
+CONFIGS = [
+    huginn.TINY,
+    huginn.SMALL,
+    huginn.HUGINN_3_5B,
+    linear_rnn.TINY,
+    linear_rnn.SMALL,
+    mamba.TINY,
+    mamba.SMALL,
+    mamba.MAMBA_2_8B,
+]
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
 
 

@@ -8,6 +8,7 @@ from jaxrec.ops.time.lti import (
     krylov,
 )
 from jaxrec.ops.time.scan import linear_scan
+from jaxrec.ops.time.selective import selective_scan
 from jaxrec.ops.time.sharded import sharded_linear_scan
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "fft_conv",
     "krylov",
     "linear_scan",
+    "selective_scan",
     "sharded_linear_scan",
 ]

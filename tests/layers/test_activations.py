@@ -1,0 +1,28 @@
+"""Activations by name."""
+
+import numpy as np
+import pytest
+
+from jaxrec.layers.activations import ACTIVATIONS, activation
+from tests import references
+
+X = np.linspace(-3, 3, 7).astype(np.float32)
+
+
+def test_names_mean_what_they_say():
+    for name, want in (
+        ("silu", references.silu(X)),
+        ("gelu_tanh", references.gelu(X)),
+        ("relu", np.maximum(X, 0)),
+        ("tanh", np.tanh(X)),
+        ("sigmoid", references.sigmoid(X)),
+    ):
+        np.testing.assert_allclose(activation(name)(X), want, atol=1e-6)
+    # x Phi(x), with Phi(1) = 0.8413447; the tanh form differs by 1.5e-4.
+    assert activation("gelu")(np.float32(1)) == pytest.approx(0.8413447, abs=1e-6)
+
+
+def test_an_unknown_name_gets_the_known_ones():
+    with pytest.raises(ValueError, match=r"no 'swilu'\. Did you mean silu\? Known: silu, gelu"):
+        activation("swilu")
+    assert all(callable(function) for function in ACTIVATIONS.values())
