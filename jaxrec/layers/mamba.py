@@ -20,8 +20,8 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from jaxrec.layers.linear import Linear, uniform
+from jaxrec.layers.scan import selective_scan_over_time
 from jaxrec.ops.conv import causal_conv
-from jaxrec.ops.time import selective_scan
 
 
 class MambaState(NamedTuple):
@@ -141,6 +141,6 @@ class Mamba(nnx.Module):
             )
             dt = jax.nn.softplus(self.step(low).astype(jnp.float32))
             a = -jnp.exp(self.log_rate[...].astype(jnp.float32))
-            y, hidden = selective_scan(u, dt, a, b, c, state.hidden, reset=reset)
+            y, hidden = selective_scan_over_time(u, dt, a, b, c, state.hidden, reset=reset)
             y = (y + self.skip[...].astype(u.dtype)[None, None] * u) * self.activation(gate)
             return self.out(y), MambaState(window, hidden)

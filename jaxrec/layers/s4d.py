@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import (
     View,
     check_steps,
@@ -27,7 +28,7 @@ from jaxrec.layers.ssm import (
 )
 from jaxrec.ops import hippo
 from jaxrec.ops.discretize import discretize_diagonal
-from jaxrec.ops.time import diagonal_kernel, diagonal_last_state, fft_conv, linear_scan
+from jaxrec.ops.time import diagonal_kernel, diagonal_last_state, fft_conv
 
 Init = Literal["lin", "inv", "legs"]
 Discretization = Literal["zoh", "bilinear"]
@@ -146,7 +147,7 @@ class S4D(nnx.Module):
             else:
                 state = start("S4D", state, x, self.init_state(x.shape[0]))
                 driven = gain[None, None] * wide[..., None].astype(gain.dtype)
-                states, last = linear_scan(decay[None, None], driven, state, reset=reset)
+                states, last = scan_over_time(decay[None, None], driven, state, reset=reset)
                 y = 2 * jnp.real(jnp.einsum("dn,btdn->btd", output, states))
             y = y + self.skip[...].astype(jnp.float32)[None, None] * wide
             return y.astype(x.dtype), last

@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import check_steps, log_uniform_steps, rescaled_step, start
 from jaxrec.ops import hippo
 from jaxrec.ops.discretize import discretize_diagonal
-from jaxrec.ops.time import linear_scan
 
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 Discretization = Literal["zoh", "bilinear"]
@@ -181,7 +181,7 @@ class S5(nnx.Module):
                 jnp.einsum("btd,nd->btn", wide, jnp.imag(inputs)),
             )
             zeros = jnp.zeros((x.shape[0], self.config.state), jnp.complex64)
-            states, last = linear_scan(
+            states, last = scan_over_time(
                 decay[None, None], driven, start("S5", state, x, zeros), reset=reset
             )
             y = _real_part_of_product(states, self.output_real, self.output_imag)
@@ -190,7 +190,7 @@ class S5(nnx.Module):
                 ends = None if reset is None else jnp.pad(reset[:, 1:], [(0, 0), (0, 1)])
                 if ends is not None and valid is not None:
                     ends = ends | ~valid
-                states, _ = linear_scan(decay[None, None], driven, reverse=True, reset=ends)
+                states, _ = scan_over_time(decay[None, None], driven, reverse=True, reset=ends)
                 y = y + _real_part_of_product(
                     states, self.reverse_output_real, self.reverse_output_imag
                 )

@@ -1,10 +1,15 @@
-"""The linear recurrence as layers call it: over all devices among which time is split."""
+"""Scans as layers call them: over all devices among which time is split."""
 
 import jax
 from jax import Array
 
 from jaxrec.layers.axes import time_axis
-from jaxrec.ops.time import linear_scan, sharded_linear_scan
+from jaxrec.ops.time import (
+    linear_scan,
+    selective_scan,
+    sharded_linear_scan,
+    sharded_selective_scan,
+)
 
 
 def scan_over_time(
@@ -19,7 +24,32 @@ def scan_over_time(
 
     Left to the compiler, a scan over an axis that is split gathers the whole sequence.
     """
-    axis = time_axis()
-    if axis is None or b.shape[1] % jax.sharding.get_abstract_mesh().shape[axis]:
+    axis = _axis(b.shape[1])
+    if axis is None:
         return linear_scan(a, b, h0, reverse=reverse, reset=reset)
     return sharded_linear_scan(a, b, h0, axis=axis, reverse=reverse, reset=reset)
+
+
+def selective_scan_over_time(
+    x: Array,
+    dt: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    state: Array | None = None,
+    *,
+    reset: Array | None = None,
+) -> tuple[Array, Array]:
+    """`selective_scan`, by `sharded_selective_scan` where the mesh splits time into equal parts."""
+    axis = _axis(x.shape[1])
+    if axis is None:
+        return selective_scan(x, dt, a, b, c, state, reset=reset)
+    return sharded_selective_scan(x, dt, a, b, c, state, axis=axis, reset=reset)
+
+
+def _axis(time: int) -> str | None:
+    """The mesh axis that splits this many steps evenly, if there is one."""
+    axis = time_axis()
+    if axis is None or time % jax.sharding.get_abstract_mesh().shape[axis]:
+        return None
+    return axis

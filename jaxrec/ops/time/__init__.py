@@ -9,7 +9,7 @@ from jaxrec.ops.time.lti import (
 )
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
-from jaxrec.ops.time.sharded import sharded_linear_scan
+from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_selective_scan
 
 __all__ = [
     "dense_scan",
@@ -20,4 +20,5 @@ __all__ = [
     "linear_scan",
     "selective_scan",
     "sharded_linear_scan",
+    "sharded_selective_scan",
 ]

@@ -1,4 +1,4 @@
-"""The linear recurrence with its time axis spread over devices: only carries travel.
+"""Recurrences whose time axis is spread over devices: only carries travel.
 
 A device holds t/S consecutive steps. Together they are one affine map of the state that enters,
 h -> P h + q with P the product of its decays and q its last state from zero, so the devices
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jaxrec.ops.time import scan
+from jaxrec.ops.time import scan, selective
 from jaxrec.ops.time.scan import Method
 
 Exchange = Literal["all_gather", "ppermute"]
@@ -59,21 +59,63 @@ def sharded_linear_scan(
       ValueError: as `linear_scan`; or there is no mesh with such an axis, S does not divide t, or
         the exchange is unknown.
     """
-    if exchange not in get_args(Exchange):
-        raise ValueError(
-            f"sharded_linear_scan: exchange must be one of {get_args(Exchange)}, got {exchange!r}."
+    a, b, h0 = scan.prepare(a, b, h0, reset, method)
+    _check("sharded_linear_scan", b.shape[1], axis, exchange)
+    return _scan(a, b, h0, axis, reverse, method, exchange)
+
+
+def sharded_selective_scan(
+    x: Array,
+    dt: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    state: Array | None = None,
+    *,
+    axis: str,
+    reset: Array | None = None,
+    chunk: int = 32,
+    method: selective.Method = "auto",
+    exchange: Exchange = "all_gather",
+) -> tuple[Array, Array]:
+    """`selective_scan` over the devices of one axis of the current mesh (`jax.set_mesh`).
+
+    Arguments and results are those of `selective_scan`, time spread over `axis`; `axis` and
+    `exchange` are those of `sharded_linear_scan`. A map is a pair of states, (2 b e n).
+
+    Raises:
+      ValueError: as `selective_scan` and `sharded_linear_scan`.
+    """
+    _check("sharded_selective_scan", x.shape[1], axis, exchange)
+    if state is None:
+        state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+    if reset is None:
+        reset = jnp.zeros(x.shape[:2], jnp.bool_)
+
+    def run(x, dt, a, b, c, state, reset):  # type: ignore[no-untyped-def]
+        step = functools.partial(
+            selective.selective_scan, x, dt, a, b, c, reset=reset, chunk=chunk, method=method
         )
+        total = jnp.sum(dt.astype(state.dtype), axis=1)[..., None] * a.astype(state.dtype)[None]
+        cut = jnp.any(reset, axis=1)[:, None, None]
+        product = jnp.where(cut, jnp.zeros((), state.dtype), jnp.exp(total))
+        _, alone = step(jnp.zeros_like(state))
+        entering, last = _exchange(product, alone, state, axis, exchange, reverse=False)
+        return step(entering)[0], last
+
+    over_time, everywhere, _ = _places(axis)
+    places = (over_time, over_time, everywhere, over_time, over_time, everywhere, over_time)
+    return _on_devices(run, axis, places, (over_time, everywhere))(x, dt, a, b, c, state, reset)
+
+
+def _check(name: str, time: int, axis: str, exchange: str) -> None:
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"{name}: exchange must be one of {get_args(Exchange)}, got {exchange!r}.")
     size = jax.sharding.get_abstract_mesh().shape.get(axis)
     if size is None:
-        raise ValueError(
-            f"sharded_linear_scan: the current mesh has no axis {axis!r}; set one by jax.set_mesh."
-        )
-    a, b, h0 = scan.prepare(a, b, h0, reset, method)
-    if b.shape[1] % size:
-        raise ValueError(
-            f"sharded_linear_scan: {b.shape[1]} steps do not divide over {axis}={size} devices."
-        )
-    return _scan(a, b, h0, axis, reverse, method, exchange)
+        raise ValueError(f"{name}: the current mesh has no axis {axis!r}; set one by jax.set_mesh.")
+    if time % size:
+        raise ValueError(f"{name}: {time} steps do not divide over {axis}={size} devices.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

@@ -1,5 +1,6 @@
 """Time over devices: the numbers of one device, and nothing sent but carries."""
 
+import functools
 import re
 
 import jax
@@ -7,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.ops.time import linear_scan, sharded_linear_scan
+from jaxrec.ops.time import (
+    linear_scan,
+    selective_scan,
+    sharded_linear_scan,
+    sharded_selective_scan,
+)
 
 BATCH, TIME, WIDTH = 2, 24, 3
 MESHES = {"seq": {"seq": 8}, "data and seq": {"data": 2, "seq": 4}, "one device": {"seq": 1}}
@@ -75,6 +81,39 @@ def test_equals_one_device(sizes, dtype, reverse, method, with_resets, exchange)
     want = jax.device_get(loss_and_gradient(alone, reset, weights)(*arrays))
     with jax.set_mesh(mesh(MESHES[sizes])):
         got = jax.device_get(loss_and_gradient(spread, reset, weights)(*arrays))
+    close(got, want)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ppermute"])
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("sizes", ["seq", "data and seq"])
+def test_selective_scan_equals_one_device(sizes, with_resets, exchange):
+    rng = np.random.default_rng(0)
+    states = 2
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    x, dt = draw(BATCH, TIME, WIDTH), np.abs(draw(BATCH, TIME, WIDTH))
+    b, c = draw(BATCH, TIME, states), draw(BATCH, TIME, states)
+    arrays = (x, dt, -np.abs(draw(WIDTH, states)), b, c, draw(BATCH, WIDTH, states))
+    reset = inputs()[3] if with_resets else None
+    weights = draw(BATCH, TIME, WIDTH), draw(BATCH, WIDTH, states)
+
+    def loss_and_gradient(scan):
+        def loss(*arrays):
+            y, last = scan(*arrays, reset=reset)
+            return jnp.sum(y * weights[0]) + jnp.sum(last * weights[1]), (y, last)
+
+        every = tuple(range(len(arrays)))
+        run = jax.jit(jax.value_and_grad(loss, argnums=every, has_aux=True))
+        return jax.device_get(run(*arrays))
+
+    want = loss_and_gradient(selective_scan)
+    with jax.set_mesh(mesh(MESHES[sizes])):
+        got = loss_and_gradient(
+            functools.partial(sharded_selective_scan, axis="seq", exchange=exchange, chunk=4)
+        )
     close(got, want)
 
 
