@@ -105,7 +105,7 @@ def run(arguments: "bench.TrainArguments") -> None:
         "torch": None if peer is None else peer.torch.__version__,
         "results": [],
     }
-    with timing.without_compilation_cache(), jax.set_mesh(build_mesh("data=1")):
+    with timing.without_compilation_cache():
         if "step" in arguments.parts:
             # The first width last: the next part uses its program again.
             steps = [measure_step(sizes, mlp, rounds, peer) for mlp in reversed(mlp_widths)]

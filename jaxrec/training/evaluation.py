@@ -72,10 +72,9 @@ def evaluate_run(
         raise UserError(f"The model of {folder} has no loop. Leave --depths out.")
     config = dataclasses.replace(old, eval_depths=depths or old.eval_depths)
     mesh = sharding.build_mesh("data=1")
-    with jax.set_mesh(mesh):
-        steps = build_steps(run.model_config, config, mesh)
-        params = nnx.to_pure_dict(nnx.split(model)[1])
-        result = evaluate(steps, params, run.model_config, config, data, mesh, batches=batches)
+    steps = build_steps(run.model_config, config, mesh)
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    result = evaluate(steps, params, run.model_config, config, data, mesh, batches=batches)
     return result, step
 
 

@@ -92,7 +92,6 @@ def train(
         raise UserError(f"--resume: there is no run {run.folder}. Leave --resume out to begin.")
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=config.keep))
         first = checkpoints.latest_step()
         if resume and first is None:

@@ -6,7 +6,7 @@ trees.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -161,17 +161,31 @@ def is_virtual(mesh: Mesh) -> bool:
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def one_at_a_time(mesh: Mesh) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Returns what makes a compiled function wait for its result on a mesh that `is_virtual`."""
-    if not is_virtual(mesh):
-        return lambda function: function
-    return lambda function: lambda *args: jax.block_until_ready(function(*args))
+class OnMesh(Generic[T]):
+    """A jitted function that runs on a mesh, which is the current one while it does.
+
+    On a mesh that `is_virtual` it waits for its result.
+    """
+
+    def __init__(self, function: Callable[..., T], mesh: Mesh) -> None:
+        self._function, self._mesh = function, mesh
+
+    def __call__(self, *arguments: Any) -> T:
+        """Runs it."""
+        with jax.set_mesh(self._mesh):
+            result = self._function(*arguments)
+        return jax.block_until_ready(result) if is_virtual(self._mesh) else result
+
+    def lower(self, *arguments: Any) -> Any:
+        """As `jax.jit(...).lower`."""
+        with jax.set_mesh(self._mesh):
+            return self._function.lower(*arguments)  # type: ignore[attr-defined]
 
 
 def on_one_device(tree: Tree, mesh: Mesh) -> Tree:
     """Moves arrays of a mesh that `is_virtual` to its first device; leaves others where they are.
 
-    For programs that are not made by `one_at_a_time`, such as those that draw text.
+    For programs that are no `OnMesh`, such as those that draw text.
     """
     return jax.device_put(tree, mesh.devices.flat[0]) if is_virtual(mesh) else tree
 

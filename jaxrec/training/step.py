@@ -18,13 +18,14 @@ from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 from jaxrec.training import optim, sharding
 from jaxrec.training.config import TrainConfig
 from jaxrec.training.losses import token_losses
+from jaxrec.training.sharding import OnMesh
 
 State = dict[str, Any]
 Batch = dict[str, Array]
 
 
 class Steps(NamedTuple):
-    """One run's compiled functions; call them inside `jax.set_mesh(mesh)`."""
+    """One run's compiled functions."""
 
     init: Callable[[], State]  # the state before the first update
     train: Callable[
@@ -157,11 +158,10 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    in_turn = sharding.one_at_a_time(mesh)
     return Steps(
-        init=in_turn(jax.jit(init, out_shardings=places)),
-        train=in_turn(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere))),
-        evaluate=in_turn(jax.jit(evaluate, out_shardings=everywhere)),
+        init=OnMesh(jax.jit(init, out_shardings=places), mesh),
+        train=OnMesh(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)), mesh),
+        evaluate=OnMesh(jax.jit(evaluate, out_shardings=everywhere), mesh),
         loss=loss,
         abstract=abstract,
         merge=merge,

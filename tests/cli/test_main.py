@@ -158,8 +158,14 @@ def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
     assert main(["data", str(text), str(tokens), "--valid-fraction", "0.2"]) == 0
     argv = ["train", "jaxrec.models.huginn:TINY", *SIZES, "--data", tokens, "--runs", tmp_path]
     argv += ["--name", "run", "--steps", "2", *model_options(HUGINN, huginn.TINY)]
+    argv += ["--mesh", "data=2", "--sample-every", "1", "--optimizer.ema-decay", "0.5"]
     assert main([str(word) for word in argv]) == 0
     said = capsys.readouterr().out
+    samples = (tmp_path / "run" / "samples.txt").read_text()
+    assert [line for line in samples.splitlines() if line.startswith("--- step ")] == [
+        "--- step 1",
+        "--- step 2",
+    ]
     for line in (
         "depth 1 ",
         "depth 8 ",
@@ -173,6 +179,10 @@ def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
     assert main(["eval", str(tmp_path / "run"), "--depths", "1,2", "--json", "--batches", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["bits_per_byte"]) == {"1", "2"}
+    assert main(["eval", str(tmp_path / "run"), "--ema", "--depths", "2", "--batches", "1"]) == 0
+    heading, columns, row = capsys.readouterr().out.splitlines()
+    assert "step 2" in heading and columns.split() == ["depth", "nats/token", "bits/byte"]
+    assert row.split()[0] == "2" and float(row.split()[2]) > 0
     generate = [
         "generate",
         str(tmp_path / "run"),
@@ -182,6 +192,11 @@ def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
         "5",
         "--seed",
         "3",
+        "--ema",
+        "--top-k",
+        "5",
+        "--min-p",
+        "0.01",
     ]
     texts = []
     for _ in range(2):
