@@ -490,7 +490,6 @@ def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
         start=lambda layer, b, t: layer.init_state(b),
         call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
-        trained=True,
         **fields,
     )
 
@@ -505,6 +504,7 @@ def lssl(alpha: float) -> Subject:
         config,
         lambda params, x, state, reset: references.lssl(params, x, state, reset, alpha),
         draws=STEPS | {"transition": lambda rng, shape: rng.normal(size=shape) - 3 * np.eye(4)},
+        trained=alpha == 0.5,
     )
 
 
@@ -514,6 +514,7 @@ def s4d(method: str) -> Subject:
         S4DConfig(width=8, state=6, discretization=method),
         lambda params, x, state, reset: references.s4d(params, x, state, reset, method),
         draws=STEPS,
+        trained=method == "zoh",
     )
 
 
@@ -523,6 +524,7 @@ def s5(method: str, *, conj_sym: bool) -> Subject:
         S5Config(width=8, state=3, discretization=method, conj_sym=conj_sym, clip_eigs=True),
         lambda params, x, state, reset: references.s5(params, x, state, reset, method, conj_sym),
         draws=STEPS | {"eigenvalue_real": lambda rng, shape: rng.uniform(-2, 0.5, shape)},
+        trained=method == "zoh",
     )
 
 

@@ -52,6 +52,7 @@ def run(arguments: Arguments) -> int:
 def _write_run(arguments: Arguments, model: object) -> None:
     from flax import nnx
 
+    from jaxrec.models.protocol import LanguageModelConfig
     from jaxrec.training.checkpoint import Checkpoints
     from jaxrec.training.config import DataConfig, TrainConfig
     from jaxrec.training.data import load_tokenizer
@@ -63,6 +64,11 @@ def _write_run(arguments: Arguments, model: object) -> None:
     beside = arguments.source / "tokenizer.json"
     tokenizer = load_tokenizer(arguments.tokenizer or (str(beside) if beside.exists() else "bytes"))
     config = model.config  # type: ignore[attr-defined]
+    if not isinstance(config, LanguageModelConfig):
+        raise UserError(
+            f"{arguments.system} is a layer and not a language model, so there is no run to write;"
+            f" use jaxrec.convert.load({arguments.system!r}, ...) in Python."
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model"

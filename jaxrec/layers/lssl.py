@@ -68,8 +68,8 @@ class LSSL(nnx.Module):
         self.log_step = nnx.Param(
             log_uniform_steps(rngs.params(), (d,), config.dt_min, config.dt_max), axes=("embed",)
         )
-        # A LegS state at rest has unit size in its first few coefficients.
-        output = jax.random.normal(rngs.params(), (d, m, n)) * n**-0.5
+        # Noise of unit size leaves about sqrt(dt) in every coefficient of a LegS state.
+        output = jax.random.normal(rngs.params(), (d, m, n))
         self.output = nnx.Param(output, axes=("embed", None, "state"))
         self.skip = nnx.Param(jnp.ones((d, m)), axes=("embed", None))
 

@@ -140,7 +140,8 @@ class S4D(nnx.Module):
                 if self.config.discretization == "zoh":
                     log_decay = eigenvalues * step.astype(eigenvalues.dtype)
                 else:
-                    log_decay = jnp.log(decay)
+                    # A mode that is gone after one step has no logarithm; this one is gone too.
+                    log_decay = jnp.log(jnp.where(decay == 0, 1e-30, decay))
                 kernel = diagonal_kernel(log_decay, output * gain, x.shape[1])
                 y = fft_conv(wide, 2 * jnp.real(kernel))
                 last = diagonal_last_state(log_decay, gain, wide)

@@ -67,7 +67,7 @@ def generalised_bilinear(a: Array, b: Array, step: Array, alpha: float) -> tuple
 def discretize_diagonal(
     eigenvalues: Array, step: Array, method: Method = "zoh"
 ) -> tuple[Array, Array]:
-    """Discretises systems with a diagonal matrix: A_bar = exp(log_decay), B_bar = gain * B.
+    """Discretises systems with a diagonal matrix: A_bar = diag(decay), B_bar = gain * B.
 
     Nothing is divided by an eigenvalue, so that zero, an integrator, is as good as any.
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxrec import convert
 from jaxrec.cli.main import main
+from jaxrec.layers.s5 import S5Config
 from tests.training.small import HUGINN
 
 
@@ -18,6 +19,15 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "huginn"
     config = dataclasses.replace(HUGINN, vocab_size=260)
     convert.export(jax.jit(lambda: config.build(rngs=nnx.Rngs(3)))(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory):
+    """A layer in its original's layout."""
+    folder = tmp_path_factory.mktemp("published") / "s5"
+    config = S5Config(width=2, state=2)
+    convert.export(jax.jit(lambda: config.build(rngs=nnx.Rngs(0)))(), folder)
     return folder
 
 
@@ -41,13 +51,15 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, published, tm
         (["huginn", "{published}", "{full}"], "not empty"),
         (["huginn", "{published}", "{file}"], "note.txt"),
         (["huginn", "{full}", "{new}", "--export"], "no run.json"),
+        (["s5", "{layer}", "{new}"], "s5 is a layer and not a language model"),
     ],
 )
-def test_what_cannot_be_converted(capsys, published, tmp_path, words, says):
+def test_what_cannot_be_converted(capsys, published, layer, tmp_path, words, says):
     file = tmp_path / "full" / "note.txt"
     file.parent.mkdir()
     file.write_text("here first")
-    places = {"published": published, "new": tmp_path / "new", "full": file.parent, "file": file}
+    places = {"published": published, "layer": layer, "new": tmp_path / "new"}
+    places |= {"full": file.parent, "file": file}
     assert main(["convert", *(word.format(**places) for word in words)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line

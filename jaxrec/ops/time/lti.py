@@ -3,9 +3,8 @@
     x_t = A_bar x_{t-1} + B_bar u_t,  y_t = C x_t      recurrent: streams, carries a state
     y = K * u,  K_j = C A_bar^j B_bar                  convolutional: parallel over time, by FFT
 
-Each channel of u has a system of its own: dense with a state (n), or diagonal, in which case y is a
-real number that the caller makes of complex states. The recurrence of a diagonal system is
-`linear_scan`.
+Each channel of u has a system of its own, dense or diagonal. The recurrence of a diagonal one is
+`linear_scan`; its states and kernel may be complex, and what of them is real is the caller's.
 
 Gu et al., Combining recurrent, convolutional, and continuous-time models with linear state-space
 layers (2021), arXiv:2110.13985, section 3; Gu et al., On the parameterization and initialization of
@@ -16,6 +15,9 @@ import math
 
 import jax.numpy as jnp
 from jax import Array, lax
+
+# Accelerators multiply float32 with fewer digits unless told; powers would gather that error.
+EXACT = lax.Precision.HIGHEST
 
 
 def fft_conv(u: Array, kernel: Array) -> Array:
@@ -61,9 +63,10 @@ def krylov(a_bar: Array, b_bar: Array, length: int) -> Array:
     """
     columns, power = b_bar[..., None], a_bar
     while columns.shape[-1] < length:
-        columns = jnp.concatenate([columns, power @ columns], axis=-1)
+        more = jnp.matmul(power, columns, precision=EXACT)
+        columns = jnp.concatenate([columns, more], axis=-1)
         if columns.shape[-1] < length:
-            power = power @ power
+            power = jnp.matmul(power, power, precision=EXACT)
     return columns[..., :length]
 
 
@@ -95,8 +98,9 @@ def dense_scan(
     def step(x: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         u_t, reset_t = inputs
         x = jnp.where(reset_t[:, None, None], jnp.zeros((), x.dtype), x)
-        x = jnp.einsum("dnk,bdk->bdn", a_bar, x) + b_bar[None] * u_t[..., None].astype(x.dtype)
-        return x, jnp.einsum("dmn,bdn->bdm", c, x)
+        driven = b_bar[None] * u_t[..., None].astype(x.dtype)
+        x = jnp.einsum("dnk,bdk->bdn", a_bar, x, precision=EXACT) + driven
+        return x, jnp.einsum("dmn,bdn->bdm", c, x, precision=EXACT)
 
     last, y = lax.scan(step, state, (jnp.swapaxes(u, 0, 1), jnp.swapaxes(reset, 0, 1)))
     return jnp.swapaxes(y, 0, 1), last
@@ -119,7 +123,7 @@ def diagonal_kernel(log_decay: Array, weight: Array, length: int) -> Array:
     """
     rows, chunk = _split(length)
     coarse, fine = _powers(log_decay, chunk, rows), _powers(log_decay, 1, chunk)
-    kernel = jnp.einsum("qdn,rdn->qrd", weight[None] * coarse, fine)
+    kernel = jnp.einsum("qdn,rdn->qrd", weight[None] * coarse, fine, precision=EXACT)
     return kernel.reshape(rows * chunk, -1)[:length]
 
 
@@ -142,8 +146,8 @@ def diagonal_last_state(log_decay: Array, gain: Array, u: Array) -> Array:
     padding = [(0, 0), (0, rows * chunk - u.shape[1]), (0, 0)]
     blocks = jnp.pad(backwards, padding).reshape(u.shape[0], rows, chunk, -1)
     coarse, fine = _powers(log_decay, chunk, rows), _powers(log_decay, 1, chunk)
-    ends = jnp.einsum("bqrd,rdn->bqdn", blocks, fine)
-    return gain[None] * jnp.einsum("bqdn,qdn->bdn", ends, coarse)
+    ends = jnp.einsum("bqrd,rdn->bqdn", blocks, fine, precision=EXACT)
+    return gain[None] * jnp.einsum("bqdn,qdn->bdn", ends, coarse, precision=EXACT)
 
 
 def _split(length: int) -> tuple[int, int]:
