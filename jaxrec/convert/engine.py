@@ -21,7 +21,7 @@ from flax import nnx
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
-SYSTEMS = ("huginn",)
+SYSTEMS = ("huginn", "mamba")
 """Names of the systems that can be converted; each is a module beside this one."""
 
 
@@ -48,11 +48,23 @@ class System:
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
     ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
+    # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
+    repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
 
 
 def same(source: str, target: str) -> Rule:
     """The tensor is the parameter."""
     return Rule(source, (target,), lambda x, _: (x,), lambda xs: xs[0])
+
+
+def folded(source: str, target: str) -> Rule:
+    """A bias stored (out), kept (out...): the outputs folded as the parameter's."""
+    return Rule(
+        source,
+        (target,),
+        lambda x, shapes: (x.reshape(shapes[0]),),
+        lambda xs: xs[0].reshape(-1),
+    )
 
 
 def transposed(source: str, target: str) -> Rule:
@@ -66,6 +78,17 @@ def transposed(source: str, target: str) -> Rule:
         return (x.T.reshape(shapes[0]),)
 
     return Rule(source, (target,), fold, lambda xs: xs[0].reshape(xs[0].shape[0], -1).T)
+
+
+def depthwise(source: str, target: str) -> Rule:
+    """A depthwise convolution stored (channel, 1, tap), kept (tap, channel)."""
+
+    def load(x: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarray]:
+        if x.ndim != 3 or x.shape[1] != 1:
+            raise ValueError(f"{x.shape} is not (channel, 1, tap)")
+        return (x[:, 0].T,)
+
+    return Rule(source, (target,), load, lambda xs: xs[0].T[:, None])
 
 
 def load(system: str, directory: str | Path) -> Any:
@@ -149,6 +172,13 @@ def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray])
                     f" but the configuration asks for {shapes[path]}."
                 )
             filled[path] = value
+    for name, other in system.repeated(config).items():
+        if name in tensors and not np.array_equal(tensors[name], tensors[other]):
+            raise UserError(
+                f"{system.name}: {name} and {other} must be the same by the configuration,"
+                " but the checkpoint has two different ones."
+            )
+        used.add(name)
     unused = sorted(name for name in tensors if name not in used and name not in system.ignored)
     if unused:
         raise UserError(
