@@ -12,6 +12,7 @@ EXPERIMENTS = {"huginn": "experiments/huginn", "linear_rnn": "experiments/huginn
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
     "mamba": "tests/golden/test_mamba.py",
+    "recurrentgemma": "tests/golden/test_recurrentgemma.py",
 }
 
 

@@ -29,7 +29,7 @@ FIELDS = {
     "rescale_prenorm_residual": "shrink_output",
     "tie_word_embeddings": "tie_embeddings",
 }
-DEFAULTS = {  # what the original takes for a field that its file leaves out
+DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its file leaves out
     "num_hidden_layers": 32,
     "expand": 2,
     "time_step_rank": "auto",
