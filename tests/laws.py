@@ -326,7 +326,15 @@ def attention(name: str, *, cached: bool, pairing: str = "half", **options: Any)
         start=lambda layer, b, t: layer.init_state(b, capacity=t) if cached else None,
         call=lambda layer, x, cache, reset: layer(x, cache, segment_ids=segment_ids(reset)),
         loop=lambda params, x, cache, reset: (
-            references.attention(params, x, reset, 50.0, pairing),
+            references.attention(
+                params,
+                x,
+                reset,
+                50.0,
+                pairing,
+                options.get("window"),
+                options.get("rotary_width"),
+            ),
             None,
         ),
     )
@@ -539,6 +547,8 @@ SUBJECTS = [
     convolution(),
     attention("Attention", cached=False),
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),
+    attention("Attention local", cached=False, window=4, head_width=4, rotary_width=2, bias=True),
+    attention("Attention ring", cached=True, window=4, head_width=4, kv_heads=1, out_bias=True),
     rglru(),
     recurrent_block(),
     dense_system(),

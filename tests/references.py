@@ -113,13 +113,15 @@ def attend(q, k, v, sees):
     return y
 
 
-def visible(reset):
-    """bool (b t s): s is not later than t, and no reset lies after s up to t."""
+def visible(reset, window=None):
+    """bool (b t s): s is not later than t, and no reset lies after s up to t; s is one of the last
+    `window` steps."""
     segment = np.cumsum(reset, axis=1)
-    return np.tril(segment[:, :, None] == segment[:, None, :])
+    seen = np.tril(segment[:, :, None] == segment[:, None, :])
+    return seen if window is None else seen & ~np.tril(np.ones_like(seen[0]), -window)
 
 
-def attention(params, x, reset, base, pairing):
+def attention(params, x, reset, base, pairing, window=None, rotary_width=None):
     q, kv = linear(params["query"], x), linear(params["key_value"], x)
     k, v = kv[:, :, 0], kv[:, :, 1]
     if "query_bias" in params:
@@ -129,10 +131,11 @@ def attention(params, x, reset, base, pairing):
         position = 0
         for t in range(x.shape[1]):
             position = 0 if reset[b, t] else position
-            q[b, t] = rotate(q[b, t], position, base, pairing)
-            k[b, t] = rotate(k[b, t], position, base, pairing)
+            for z in (q, k):
+                turned = z[b, t, :, :rotary_width]
+                z[b, t, :, :rotary_width] = rotate(turned, position, base, pairing)
             position += 1
-    y = attend(q, k, v, visible(reset))
+    y = attend(q, k, v, visible(reset, window))
     return linear(params["out"], y.reshape(*x.shape[:2], -1))
 
 
@@ -191,8 +194,8 @@ def linear_rnn(params, tokens, reset, config):
         block = layer(params["blocks"], i)
         window = np.zeros((batch, config.conv_width - 1, width), x.dtype)
         h = np.zeros((batch, width), x.dtype)
-        normed = rms_norm(block["recurrent_norm"], x, config.norm_epsilon, unit_offset=True)
-        x = x + recurrent_block(block["recurrent"], normed, window, h, reset)[0]
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon, unit_offset=True)
+        x = x + recurrent_block(block["mixer"], normed, window, h, reset)[0]
         normed = rms_norm(block["mlp_norm"], x, config.norm_epsilon, unit_offset=True)
         x = x + gated_mlp(block["mlp"], normed, gelu)
     x = rms_norm(params["norm"], x, config.norm_epsilon, unit_offset=True)

@@ -1,7 +1,8 @@
-"""RG-LRU, Mamba and a transformer as byte-level language models: equal parameters, equal time.
+"""RG-LRU, Mamba, RecurrentGemma and a transformer as byte-level language models: equal parameters, equal time.
 
-Each first makes a few steps to learn how long one takes, then a run of as many as fit into --minutes.
-Writes results.json and curves.png; with --smoke, tiny models run for seconds and nothing is written.
+Each first makes a few steps to learn how long one takes, then a run of as many as fit into
+--minutes. Writes results.json and curves.png; with --smoke, tiny models run for seconds and nothing
+is written.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrec.models import linear_rnn, mamba
+from jaxrec.models import linear_rnn, mamba, recurrentgemma
 from jaxrec.training.config import OptimizerConfig, TrainConfig
 from jaxrec.training.loop import train
 from jaxrec.training.metrics import read
@@ -25,17 +26,16 @@ HERE = Path(__file__).parent
 MODELS = {
     "RG-LRU": linear_rnn.TINY,
     "Mamba": mamba.TINY,
-    "transformer": dataclasses.replace(
-        linear_rnn.TINY, block_types=("attention",), attention_window=256, layers=5
-    ),
+    "RecurrentGemma": recurrentgemma.TINY,
+    "transformer": dataclasses.replace(recurrentgemma.TINY, pattern=("attention",), kv_heads=4),
 }
-"""The transformer is the same model file with every block attention over all of a sequence: the
-same norms, gated MLP and head. Each has about a million parameters."""
+"""Each has about a million parameters. The transformer is RecurrentGemma with attention in every
+layer, over all of a sequence, and as many key-value heads as heads."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.2, help="of training, for each model")
+    parser.add_argument("--minutes", type=float, default=1.6, help="of training, for each model")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny models, a few steps, nothing written"
     )
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run(minutes: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains every model and returns what there is to report, and curves; 0 minutes: tiny models."""
+    """Trains every model; returns what there is to report, and curves. 0 minutes: tiny models."""
     config = TrainConfig(
         batch=8,
         time=256,

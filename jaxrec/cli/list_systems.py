@@ -9,7 +9,11 @@ from jaxrec import convert, models
 from jaxrec.models.protocol import LanguageModelConfig
 
 EXPERIMENTS = {"huginn": "experiments/huginn", "linear_rnn": "experiments/huginn"}
-GOLDEN = {"huginn": "tests/golden/test_huginn.py"}
+GOLDEN = {
+    "huginn": "tests/golden/test_huginn.py",
+    "mamba": "tests/golden/test_mamba.py",
+    "recurrentgemma": "tests/golden/test_recurrentgemma.py",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

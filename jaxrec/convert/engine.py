@@ -1,8 +1,9 @@
 """Runs a conversion table in both directions and refuses whatever the table does not say.
 
 A system's file gives a `System`: its name, how its configuration file maps to ours and back, and
-`Rule`s. A rule names a tensor of the original and the parameter or parameters it becomes; the
-tensors of a name with `{i}` are stacked along a new leading axis.
+`Rule`s. A rule names a tensor of the original and the parameter or parameters it becomes, or
+several tensors that become one parameter; the tensors of a name with `{i}` are stacked along a new
+leading axis.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from flax import nnx
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
-SYSTEMS = ("huginn", "s5")
+SYSTEMS = ("huginn", "mamba", "recurrentgemma", "s5")
 """Names of the systems that can be converted; each is a module beside this one."""
 
 
@@ -29,14 +30,23 @@ SYSTEMS = ("huginn", "s5")
 class Rule:
     """One row of a table."""
 
-    source: str  # name in the original, such as "layers.{i}.mlp.up.weight"
+    source: str | tuple[str, ...]  # name in the original, such as "layers.{i}.mlp.up.weight"
     targets: tuple[str, ...]  # parameter paths, such as ("blocks/mlp/up/kernel",)
     load: Callable[
-        [np.ndarray, Sequence[Shape]], Sequence[np.ndarray]
-    ]  # tensor, target shapes -> parameters
-    save: Callable[
-        [Sequence[np.ndarray]], np.ndarray
-    ]  # parameters -> tensor, the inverse of `load`
+        [Any, Sequence[Shape]], Sequence[np.ndarray]
+    ]  # tensor, or a list of them for several sources, and target shapes -> parameters
+    save: Callable[[Sequence[np.ndarray]], Any]  # parameters -> tensor or list, inverse of `load`
+    numbers: tuple[int, ...] | None = None  # what {i} runs over; None: all that a checkpoint has
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All names in the original."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the tensors of several layers become one parameter."""
+        return "{i}" in self.sources[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +58,23 @@ class System:
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
     ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
+    # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
+    repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
 
 
 def same(source: str, target: str) -> Rule:
     """The tensor is the parameter."""
     return Rule(source, (target,), lambda x, _: (x,), lambda xs: xs[0])
+
+
+def folded(source: str, target: str) -> Rule:
+    """A bias stored (out), kept (out...): the outputs folded as the parameter's."""
+    return Rule(
+        source,
+        (target,),
+        lambda x, shapes: (x.reshape(shapes[0]),),
+        lambda xs: xs[0].reshape(-1),
+    )
 
 
 def transposed(source: str, target: str) -> Rule:
@@ -66,6 +88,38 @@ def transposed(source: str, target: str) -> Rule:
         return (x.T.reshape(shapes[0]),)
 
     return Rule(source, (target,), fold, lambda xs: xs[0].reshape(xs[0].shape[0], -1).T)
+
+
+def joined(sources: tuple[str, ...], target: str) -> Rule:
+    """Several linear maps stored (out, in), or biases stored (out), kept as one parameter
+    (in, map, out...) or (map, out...).
+    """
+
+    def load(xs: Sequence[np.ndarray], shapes: Sequence[Shape]) -> tuple[np.ndarray]:
+        axis = xs[0].ndim - 1
+        wanted = shapes[0][:axis] + shapes[0][axis + 1 :]
+        if any(x.shape[1:] != wanted[:axis] for x in xs):
+            raise ValueError(f"not (out, {wanted[:axis]})")
+        return (np.stack([x.T.reshape(wanted) for x in xs], axis=axis),)
+
+    def save(xs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        [x] = xs
+        if x.ndim == 4:
+            return [part.reshape(part.shape[0], -1).T for part in np.moveaxis(x, 1, 0)]
+        return [part.reshape(-1) for part in x]
+
+    return Rule(sources, (target,), load, save)
+
+
+def depthwise(source: str, target: str) -> Rule:
+    """A depthwise convolution stored (channel, 1, tap), kept (tap, channel)."""
+
+    def load(x: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarray]:
+        if x.ndim != 3 or x.shape[1] != 1:
+            raise ValueError(f"{x.shape} is not (channel, 1, tap)")
+        return (x[:, 0].T,)
+
+    return Rule(source, (target,), load, lambda xs: xs[0].T[:, None])
 
 
 def load(system: str, directory: str | Path) -> Any:
@@ -133,22 +187,28 @@ def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray])
     filled: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for rule in system.rules(config):
-        stacked = "{i}" in rule.source
-        names = _numbered(rule.source, tensors) if stacked else [rule.source]
-        absent = [name for name in names if name not in tensors]
+        stacked, rows = rule.is_stacked, _rows(rule, tensors)
+        absent = [name for row in rows for name in row if name not in tensors]
         if absent:
             raise UserError(f"{system.name}: the checkpoint has no tensor {absent[0]}.")
-        used.update(names)
+        used.update(name for row in rows for name in row)
         wanted = [shapes[path][1:] if stacked else shapes[path] for path in rule.targets]
-        loaded = [_apply(rule, tensors[name], wanted, name) for name in names]
+        loaded = [_apply(rule, [tensors[name] for name in row], wanted, row) for row in rows]
         for path, columns in zip(rule.targets, zip(*loaded, strict=True), strict=True):
             value = np.stack(columns) if stacked else columns[0]
             if value.shape != shapes[path]:
                 raise UserError(
-                    f"{system.name}: {rule.source} gives {path} the shape {value.shape},"
+                    f"{system.name}: {rule.sources[0]} gives {path} the shape {value.shape},"
                     f" but the configuration asks for {shapes[path]}."
                 )
             filled[path] = value
+    for name, other in system.repeated(config).items():
+        if name in tensors and not np.array_equal(tensors[name], tensors[other]):
+            raise UserError(
+                f"{system.name}: {name} and {other} must be the same by the configuration,"
+                " but the checkpoint has two different ones."
+            )
+        used.add(name)
     unused = sorted(name for name in tensors if name not in used and name not in system.ignored)
     if unused:
         raise UserError(
@@ -180,11 +240,14 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
     tensors: dict[str, np.ndarray] = {}
     for rule in system.rules(model.config):
         values = [flat[path] for path in rule.targets]
-        if "{i}" not in rule.source:
-            tensors[rule.source] = rule.save(values)
-            continue
-        for i in range(values[0].shape[0]):
-            tensors[rule.source.format(i=i)] = rule.save([value[i] for value in values])
+        layers = values[0].shape[0] if rule.is_stacked else 1
+        for i in range(layers):
+            saved = rule.save([value[i] for value in values] if rule.is_stacked else values)
+            number = i if rule.numbers is None else rule.numbers[i]
+            for name, tensor in zip(
+                rule.sources, [saved] if isinstance(rule.source, str) else saved, strict=True
+            ):
+                tensors[name.format(i=number)] = tensor
     # The safetensors writer would store a transposed view with the right shape and the wrong order.
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
@@ -228,25 +291,32 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _numbered(source: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """The names for {i} = 0, 1, ... up to the largest index that the checkpoint has."""
+def _rows(rule: Rule, tensors: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """The names of a rule's tensors, one list for each layer, or one in all without {i}."""
+    if not rule.is_stacked:
+        return [list(rule.sources)]
+    numbers = rule.numbers
+    if numbers is None:
+        numbers = tuple(range(_largest_number(rule.sources[0], tensors) + 1))
+    return [[source.format(i=i) for source in rule.sources] for i in numbers]
+
+
+def _largest_number(source: str, tensors: Mapping[str, np.ndarray]) -> int:
+    """The largest {i} of a name that the checkpoint has; 0 if it has none."""
     before, after = source.split("{i}")
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    largest = max(
-        (int(match[1]) for name in tensors if (match := pattern.fullmatch(name))), default=0
-    )
-    return [source.format(i=i) for i in range(largest + 1)]
+    return max((int(match[1]) for name in tensors if (match := pattern.fullmatch(name))), default=0)
 
 
 def _apply(
-    rule: Rule, tensor: np.ndarray, wanted: Sequence[Shape], name: str
+    rule: Rule, tensors: list[np.ndarray], wanted: Sequence[Shape], names: list[str]
 ) -> Sequence[np.ndarray]:
     try:
-        return rule.load(tensor, wanted)
+        return rule.load(tensors[0] if isinstance(rule.source, str) else tensors, wanted)
     except ValueError as error:
         raise UserError(
-            f"{name} has shape {tensor.shape}, which cannot become {', '.join(rule.targets)}"
-            f" of shape {', '.join(map(str, wanted))}."
+            f"{', '.join(names)} has shape {', '.join(str(x.shape) for x in tensors)}, which cannot"
+            f" become {', '.join(rule.targets)} of shape {', '.join(map(str, wanted))}."
         ) from error
 
 

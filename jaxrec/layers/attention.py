@@ -13,8 +13,11 @@ from jaxrec.ops import attention, rotary
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key-value heads.
 
-    With `qk_bias`, a constant is added to queries and keys before the rotation. `rotary_base` is
-    the base of the angles, `rotary_pairing` how channels are paired (see `ops.rotary`).
+    With `qk_bias`, a constant is added to queries and keys before the rotation; `bias` is that of
+    the projections to queries, keys and values, `out_bias` that of the last one. `rotary_base` is
+    the base of the angles, `rotary_pairing` how channels are paired (see `ops.rotary`), and
+    `rotary_width` how many channels of a head are rotated, the first ones; None: all. `window` is
+    the number of tokens that one sees, itself included; None: all.
     """
 
     def __init__(
@@ -25,8 +28,12 @@ class Attention(nnx.Module):
         kv_heads: int | None = None,
         head_width: int | None = None,
         qk_bias: bool = False,
+        bias: bool = False,
+        out_bias: bool = False,
         rotary_base: float = 10000.0,
         rotary_pairing: rotary.Pairing = "half",
+        rotary_width: int | None = None,
+        window: int | None = None,
         init: Initializer,
         out_init: Initializer | None = None,
         rngs: nnx.Rngs,
@@ -38,36 +45,51 @@ class Attention(nnx.Module):
                 f"Attention: {heads} heads cannot share {kv_heads} key-value heads evenly."
             )
         self.query = Linear(
-            width, (heads, head_width), init=init, axes=("embed", "heads", None), rngs=rngs
+            width,
+            (heads, head_width),
+            init=init,
+            axes=("embed", "heads", None),
+            bias=bias,
+            rngs=rngs,
         )
         self.key_value = Linear(
             width,
             (2, kv_heads, head_width),
             init=init,
             axes=("embed", None, "heads", None),
+            bias=bias,
             rngs=rngs,
         )
         self.out = Linear(
-            heads * head_width, width, init=out_init or init, axes=("heads", "embed"), rngs=rngs
+            heads * head_width,
+            width,
+            init=out_init or init,
+            axes=("heads", "embed"),
+            bias=out_bias,
+            rngs=rngs,
         )
 
-        def bias(heads: int) -> nnx.Param | None:
+        def constant(heads: int) -> nnx.Param | None:
             return (
                 nnx.Param(jnp.zeros((heads, head_width)), axes=("heads", None)) if qk_bias else None
             )
 
-        self.query_bias, self.key_bias = bias(heads), bias(kv_heads)
+        self.query_bias, self.key_bias = constant(heads), constant(kv_heads)
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_base, self.rotary_pairing = rotary_base, rotary_pairing
+        self.rotary_width, self.window = rotary_width or head_width, window
 
     def init_state(self, batch: int, *, capacity: int, slots: int = 1) -> attention.KVCache:
-        """An empty cache for `capacity` tokens, in the dtype of the weights."""
+        """An empty cache in the dtype of the weights for `capacity` tokens; for any number once
+        `capacity` reaches the window.
+        """
         dtype = self.key_value.kernel[...].dtype
+        capacity = min(capacity, self.window or capacity)
         return attention.init_cache(slots, batch, capacity, self.kv_heads, self.head_width, dtype)
 
     def angles(self, view: attention.View) -> rotary.Rotation:
         """The rotation of the tokens in view; the same for all layers built alike."""
-        return rotary.rotation(view.positions, self.head_width, self.rotary_base)
+        return rotary.rotation(view.positions, self.rotary_width, self.rotary_base)
 
     def __call__(
         self,
@@ -94,7 +116,7 @@ class Attention(nnx.Module):
         """
         batch, time, _ = x.shape
         if view is None:
-            view, cache = attention.open_view(cache, (batch, time), segment_ids)
+            view, cache = attention.open_view(cache, (batch, time), segment_ids, window=self.window)
         if angles is None:
             angles = self.angles(view)
         with jax.named_scope("attention"):
@@ -105,8 +127,10 @@ class Attention(nnx.Module):
                 k = k + self.key_bias[...].astype(k.dtype)[None, None]
             q = rotary.rotate(q, angles, self.rotary_pairing)
             k = rotary.rotate(k, angles, self.rotary_pairing)
-            if cache is not None:
+            if cache is not None and self.window is None:
                 cache = attention.write(cache, slot, k, v, view.start)
                 k, v = attention.read(cache, slot)
-            y = attention.attend(q, k, v, view)
+            elif cache is not None:
+                cache, k, v = attention.extend(cache, slot, k, v, view.start)
+            y = attention.attend(q, k, v, view, window=self.window)
             return self.out(y.reshape(batch, time, -1)), cache

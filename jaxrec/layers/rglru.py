@@ -9,6 +9,7 @@ De et al., Griffin: mixing gated linear recurrences with local attention (2024),
 section 2.4.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ class RecurrentState(NamedTuple):
 
 
 class RecurrentBlock(nnx.Module):
-    """y = W_out (gelu(W_y x) * RGLRU(conv(W_x x))) with a short causal convolution (Griffin, figure
+    """y = W_out (act(W_y x) * RGLRU(conv(W_x x))) with a short causal convolution (Griffin, figure
     2).
     """
 
@@ -106,10 +107,12 @@ class RecurrentBlock(nnx.Module):
         heads: int,
         *,
         conv_width: int = 4,
+        activation: Callable[[Array], Array] = jax.nn.gelu,
         init: Initializer,
         out_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        self.activation = activation
         self.gate = Linear(width, inner, init=init, axes=("embed", "mlp"), bias=True, rngs=rngs)
         self.input = Linear(width, inner, init=init, axes=("embed", "mlp"), bias=True, rngs=rngs)
         self.out = Linear(
@@ -131,7 +134,7 @@ class RecurrentBlock(nnx.Module):
         self, x: Array, state: RecurrentState, *, reset: Array | None = None
     ) -> tuple[Array, RecurrentState]:
         """Maps x (b t d) to (b t d); `reset` as in `RGLRU`, also cutting the convolution."""
-        gate = jax.nn.gelu(self.gate(x))
+        gate = self.activation(self.gate(x))
         inner, window = causal_conv(
             self.input(x), self.conv_kernel[...], self.conv_bias[...], state.window, reset
         )

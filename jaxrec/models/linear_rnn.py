@@ -19,6 +19,7 @@ from jaxrec.layers.embedding import Embedding
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
+from jaxrec.layers.residual import ResidualBlock
 from jaxrec.layers.rglru import RecurrentBlock, RecurrentState
 from jaxrec.ops import segments
 from jaxrec.ops.depth import RematPolicy, remat_scan
@@ -76,18 +77,13 @@ class LinearRNNConfig:
         return forward * (3 if training else 1)
 
 
-class ResidualBlock(nnx.Module):
-    """Recurrent block and MLP, each on its normalised input and added to the stream."""
-
-    def __init__(self, config: LinearRNNConfig, *, rngs: nnx.Rngs):
-        init = truncated_normal(config.width**-0.5)
-        # What writes to the stream shrinks with the number of writers, so that its scale does not
-        # grow with depth.
-        writers = 2 * config.layers
-        self.recurrent_norm, self.mlp_norm = (
-            RMSNorm(config.width, epsilon=config.norm_epsilon, unit_offset=True) for _ in range(2)
-        )
-        self.recurrent = RecurrentBlock(
+def _block(config: LinearRNNConfig, *, rngs: nnx.Rngs) -> ResidualBlock:
+    # What writes to the stream shrinks with the number of writers, so that its scale does not grow
+    # with depth.
+    writers = 2 * config.layers
+    init = truncated_normal(config.width**-0.5)
+    return ResidualBlock(
+        RecurrentBlock(
             config.width,
             config.recurrent_width,
             config.heads,
@@ -95,8 +91,8 @@ class ResidualBlock(nnx.Module):
             init=init,
             out_init=truncated_normal((writers * config.recurrent_width) ** -0.5),
             rngs=rngs,
-        )
-        self.mlp = GatedMLP(
+        ),
+        GatedMLP(
             config.width,
             config.mlp_width,
             init=init,
@@ -104,16 +100,10 @@ class ResidualBlock(nnx.Module):
             activation=jax.nn.gelu,
             bias=True,
             rngs=rngs,
-        )
-
-    def __call__(
-        self, x: Array, state: RecurrentState, *, reset: Array | None = None
-    ) -> tuple[Array, RecurrentState]:
-        """Maps x (b t d) to (b t d); `reset` as in `RecurrentBlock`."""
-        y, state = self.recurrent(self.recurrent_norm(x), state, reset=reset)
-        x = x + y
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, "batch", "time", None), state
+        ),
+        config.width,
+        epsilon=config.norm_epsilon,
+    )
 
 
 class LinearRNNState(NamedTuple):
@@ -132,7 +122,7 @@ class LinearRNN(nnx.Module):
             config.vocab_size, config.width, init=truncated_normal(config.width**-0.5), rngs=rngs
         )
         keys = jax.random.split(rngs.params(), config.layers)
-        self.blocks = jax.vmap(lambda key: ResidualBlock(config, rngs=nnx.Rngs(key)))(keys)
+        self.blocks = jax.vmap(lambda key: _block(config, rngs=nnx.Rngs(key)))(keys)
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, unit_offset=True)
 
     def init_state(

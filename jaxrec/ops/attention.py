@@ -9,8 +9,12 @@ Vaswani et al., Attention is all you need (2017), arXiv:1706.03762; grouped head
 A cache holds the keys and values of several slots: one per layer, or, in a looped model, one per
 execution of a layer. All slots share one timeline (which token lies where), so a cache is opened
 once per call of the model and then written slot by slot.
+
+With a window w, a token sees itself and the w - 1 tokens before it. A cache for w tokens is then
+enough for any number: it is a ring, in which token i lies at place i modulo its capacity.
 """
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -68,7 +72,11 @@ def init_cache(
 
 
 def open_view(
-    cache: KVCache | None, shape: tuple[int, int], segment_ids: Array | None = None
+    cache: KVCache | None,
+    shape: tuple[int, int],
+    segment_ids: Array | None = None,
+    *,
+    window: int | None = None,
 ) -> tuple[View, KVCache | None]:
     """Enters the next tokens into the timeline.
 
@@ -79,6 +87,9 @@ def open_view(
       segment_ids: int32 (b t) >= 0, an id not used again after another one in its row; a token sees
         only tokens of its own segment, and positions
         restart where a segment begins. None: the last token's segment goes on.
+      window: how many tokens one sees, itself included; None: all. With a window the cache is a
+        ring, read and written by `extend`, and may hold any number of tokens if its capacity is
+        at least the window.
 
     Returns:
       The view, and the cache with its timeline advanced (keys and values are written by the
@@ -87,32 +98,62 @@ def open_view(
     batch, time = shape
     if cache is None:
         start = jnp.zeros((), jnp.int32)
+        index = jnp.arange(time, dtype=jnp.int32)
         if segment_ids is None:
-            index = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), shape)
-            return View(index, None, start), None
-        reset = segments.resets(segment_ids)
-        mask = _causal(segment_ids, segment_ids, start)
-        return View(segments.positions(reset, jnp.zeros(batch, jnp.int32)), mask, start), None
+            positions = jnp.broadcast_to(index, shape)
+            if window is None or window >= time:
+                return View(positions, None, start), None
+            segment_ids = jnp.ones(shape, jnp.int32)
+        else:
+            reset = segments.resets(segment_ids)
+            positions = segments.positions(reset, jnp.zeros(batch, jnp.int32))
+        mask = _causal(segment_ids, segment_ids, index, index, window)
+        return View(positions, mask, start), None
 
-    start = cache.length
+    start, capacity = cache.length, cache.capacity
+    before = jnp.maximum(start - 1, 0)
     last = lax.dynamic_index_in_dim(
-        cache.segment, jnp.maximum(start - 1, 0), axis=1, keepdims=False
+        cache.segment, before if window is None else before % capacity, axis=1, keepdims=False
     )
     if segment_ids is None:
-        segment_ids = jnp.broadcast_to(jnp.maximum(last, 1)[:, None], shape)
+        segment_ids = segments.continued(last, time)
     # Before the first token `last` is EMPTY, which begins a segment at position 0.
     position = segments.positions(segments.resets(segment_ids, last), cache.position)
-    written = lax.dynamic_update_slice_in_dim(cache.segment, segment_ids, start, axis=1)
+    index, place = start + jnp.arange(time, dtype=jnp.int32), jnp.arange(capacity, dtype=jnp.int32)
+    if window is None:
+        written = lax.dynamic_update_slice_in_dim(cache.segment, segment_ids, start, axis=1)
+        seen, seen_index = written, place
+    else:
+        kept = min(time, capacity)
+        places = index[-kept:] % capacity
+        written = jnp.asarray(cache.segment).at[:, places].set(segment_ids[:, -kept:])
+        if time == 1:  # what the new token takes the place of is out of its sight
+            seen, seen_index = written, _index_at(place, start + 1)
+        else:
+            seen = jnp.concatenate([cache.segment, segment_ids], axis=1)
+            seen_index = jnp.concatenate([_index_at(place, start), index])
     cache = cache._replace(segment=written, position=position[:, -1] + 1, length=start + time)
-    return View(position, _causal(segment_ids, written, start), start), cache
+    return View(position, _causal(segment_ids, seen, index, seen_index, window), start), cache
 
 
-def _causal(query_segment: Array, key_segment: Array, start: Array) -> Array:
-    """bool (b t s): key s is not later than query t and lies in the same segment."""
-    time, source = query_segment.shape[1], key_segment.shape[1]
-    query_index = start + jnp.arange(time, dtype=jnp.int32)
-    not_later = jnp.arange(source, dtype=jnp.int32)[None, :] <= query_index[:, None]
-    return not_later[None] & (query_segment[:, :, None] == key_segment[:, None, :])
+def _index_at(place: Array, length: Array) -> Array:
+    """The last of `length` tokens that was written at each place of a ring; negative: none was."""
+    return length - 1 - (length - 1 - place) % place.shape[0]
+
+
+def _causal(
+    query_segment: Array,
+    key_segment: Array,
+    query_index: Array,
+    key_index: Array,
+    window: int | None,
+) -> Array:
+    """bool (b t s): key s is not later than query t, in its window and in the same segment."""
+    ago = query_index[:, None] - key_index[None, :]
+    visible = (ago >= 0) & (key_index >= 0)[None, :]
+    if window is not None:
+        visible &= ago < window
+    return visible[None] & (query_segment[:, :, None] == key_segment[:, None, :])
 
 
 def write(cache: KVCache, slot: Array | int, k: Array, v: Array, start: Array) -> KVCache:
@@ -132,7 +173,41 @@ def read(cache: KVCache, slot: Array | int) -> tuple[Array, Array]:
     return jnp.transpose(k, (0, 3, 1, 2)), jnp.swapaxes(v, 1, 2)
 
 
-def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto") -> Array:
+def extend(
+    cache: KVCache, slot: Array | int, k: Array, v: Array, start: Array
+) -> tuple[KVCache, Array, Array]:
+    """Stores k, v (b t h k) of the tokens from index `start` on in one slot of a ring.
+
+    Returns:
+      The cache, and the keys and values (b s h k) that the view of these tokens speaks of: those in
+      the ring for one token; for more, those that were in it, followed by the new ones.
+    """
+    time, capacity = k.shape[1], cache.capacity
+    if time == 1:
+        cache = write(cache, slot, k, v, start % capacity)
+        return cache, *read(cache, slot)
+    old_k, old_v = read(cache, slot)
+    kept = min(time, capacity)
+    place = (start + jnp.arange(time - kept, time, dtype=jnp.int32)) % capacity
+    # Axes that are indexed by arrays come first: (s b h k).
+    new_k, new_v = (jnp.moveaxis(x[:, -kept:], 1, 0) for x in (k, v))
+    cache = cache._replace(
+        k=jnp.asarray(cache.k).at[slot, :, :, :, place].set(new_k.astype(cache.k.dtype)),
+        v=jnp.asarray(cache.v).at[slot, :, :, place].set(new_v.astype(cache.v.dtype)),
+    )
+    old_k, old_v = old_k.astype(k.dtype), old_v.astype(v.dtype)
+    return cache, jnp.concatenate([old_k, k], axis=1), jnp.concatenate([old_v, v], axis=1)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    view: View,
+    *,
+    window: int | None = None,
+    method: Method = "auto",
+) -> Array:
     """Softmax attention with scale 1/sqrt(k); scores and softmax in float32.
 
     Args:
@@ -140,6 +215,7 @@ def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto")
       k: keys (b s g k) with g dividing h: each key head serves h/g query heads in a row.
       v: values (b s g k).
       view: which sources a query sees; a query that sees none returns the mean of all values.
+      window: that of the view; "blocked" leaves out keys that are out of it for a whole block.
       method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of
         blocks; "library" is `jax.nn.dot_product_attention`, which has fused kernels on
         accelerators; "auto" is blocked on CPU (1.7 to 4 times as fast there, forward and backward)
@@ -153,9 +229,10 @@ def attend(q: Array, k: Array, v: Array, view: View, *, method: Method = "auto")
     """
     if method not in get_args(Method):
         raise ValueError(f"attend: method must be one of {get_args(Method)}, got {method!r}.")
+    blocked = functools.partial(_blocked, window=window)
     if method == "auto":
-        return lax.platform_dependent(q, k, v, view, cpu=_blocked, default=_library)
-    return (_blocked if method == "blocked" else _library)(q, k, v, view)
+        return lax.platform_dependent(q, k, v, view, cpu=blocked, default=_library)
+    return (blocked if method == "blocked" else _library)(q, k, v, view)
 
 
 def _library(q: Array, k: Array, v: Array, view: View) -> Array:
@@ -165,7 +242,7 @@ def _library(q: Array, k: Array, v: Array, view: View) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
 
 
-def _blocked(q: Array, k: Array, v: Array, view: View) -> Array:
+def _blocked(q: Array, k: Array, v: Array, view: View, *, window: int | None) -> Array:
     batch, time, heads, width = q.shape
     source, groups = k.shape[1], k.shape[2]
     mask = view.mask
@@ -180,19 +257,21 @@ def _blocked(q: Array, k: Array, v: Array, view: View) -> Array:
     ends = [time * (i + 1) // blocks for i in range(blocks)]
     parts = []
     for begin, end in zip([0, *ends], ends, strict=False):
-        seen = end if blocks > 1 else source
+        seen = slice(0, source)
+        if blocks > 1:
+            seen = slice(0 if window is None else max(0, begin - window + 1), end)
         scores = jnp.einsum(
             "bghtk,bgsk->bghts",
             q[:, :, :, begin:end],
-            k[:, :, :seen],
+            k[:, :, seen],
             preferred_element_type=jnp.float32,
         )
-        scores = scores * width**-0.5 + bias[..., begin:end, :seen]
+        scores = scores * width**-0.5 + bias[..., begin:end, seen]
         weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         y = jnp.einsum(
             "bghts,bgsk->bghtk",
             weights.astype(v.dtype),
-            v[:, :, :seen],
+            v[:, :, seen],
             preferred_element_type=jnp.float32,
         )
         parts.append(y / jnp.sum(weights, axis=-1, keepdims=True))

@@ -45,7 +45,7 @@ def causal_conv(
         y = y + past * kernel[None, None, begin]
     window = inputs[:, time:].astype(state.dtype)
     if since is not None:
-        # The input at distance `lag` from the last step is lost to the future if a reset came after.
+        # The input at distance `lag` from the last step is lost to the future if one came since.
         lags = jnp.arange(width - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((since[:, -1:] >= lags[None])[..., None], window, 0)
     return y, window

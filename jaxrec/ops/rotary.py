@@ -41,11 +41,17 @@ def rotation(positions: Array, head_width: int, base: float) -> Rotation:
 def rotate(x: Array, angles: Rotation, pairing: Pairing) -> Array:
     """Rotates the channel pairs of x (b t h k) and returns it in its dtype.
 
+    If there are angles for the first channels only, the others stay as they are.
+
     Raises:
       ValueError: the pairing is unknown.
     """
     if pairing not in get_args(Pairing):
         raise ValueError(f"rotate: pairing must be one of {get_args(Pairing)}, got {pairing!r}.")
+    width = 2 * angles.cos.shape[-1]
+    if width < x.shape[-1]:
+        turned = rotate(x[..., :width], angles, pairing)
+        return jnp.concatenate([turned, x[..., width:]], axis=-1)
     cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
     axis = -1 if pairing == "interleaved" else -2
     halves = (x.shape[-1] // 2, 2) if pairing == "interleaved" else (2, x.shape[-1] // 2)

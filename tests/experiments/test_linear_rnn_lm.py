@@ -13,6 +13,6 @@ def test_smoke(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     models = json.loads(done.stdout)["models"]
-    assert set(models) == {"RG-LRU", "Mamba", "transformer"}
+    assert set(models) == {"RG-LRU", "Mamba", "RecurrentGemma", "transformer"}
     assert all(model["bits_per_byte"] > 0 for model in models.values())
     assert not list(tmp_path.iterdir())

@@ -52,13 +52,13 @@ def test_initialisation():
     cut = 0.9866  # what the cut at three deviations leaves of the deviation
     for kernel, std in (
         (model.embedding.table, 128**-0.5),
-        (model.blocks.recurrent.input.kernel, 128**-0.5),
-        (model.blocks.recurrent.out.kernel, (2 * 4 * 192) ** -0.5),
+        (model.blocks.mixer.input.kernel, 128**-0.5),
+        (model.blocks.mixer.out.kernel, (2 * 4 * 192) ** -0.5),
         (model.blocks.mlp.gate.kernel, 128**-0.5),
         (model.blocks.mlp.out.kernel, (2 * 4 * 384) ** -0.5),
     ):
         assert np.std(kernel[...]) == pytest.approx(std * cut, rel=0.03)
-    assert not np.any(model.blocks.recurrent_norm.scale[...])
+    assert not np.any(model.blocks.mixer_norm.scale[...])
 
 
 def test_packed_documents_equal_separate_ones(model):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
-from jaxrec.models import huginn, linear_rnn, mamba
+from jaxrec.models import huginn, linear_rnn, mamba, recurrentgemma
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 
 CONFIGS = [
@@ -23,6 +23,9 @@ CONFIGS = [
     mamba.TINY,
     mamba.SMALL,
     mamba.MAMBA_2_8B,
+    recurrentgemma.TINY,
+    recurrentgemma.SMALL,
+    recurrentgemma.RECURRENTGEMMA_2B,
 ]
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
 
@@ -37,7 +40,8 @@ def test_configs_keep_the_protocol_and_round_trip(config):
 def test_every_parameter_is_float32_and_names_its_axes(config):
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
-        axes, stacked = leaf.get_metadata("axes"), path[0] in ("prelude", "core", "coda", "blocks")
+        axes = leaf.get_metadata("axes")
+        stacked = path[0] in ("prelude", "core", "coda", "blocks", "groups")
         assert leaf.dtype == jnp.float32, path
         assert len(leaf.shape) == len(axes) + stacked, path
         mesh_axes(axes)

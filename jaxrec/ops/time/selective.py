@@ -85,7 +85,10 @@ def selective_scan(
     if state is None:
         state = jnp.zeros_like(x, wide, shape=(batch, inner, a.shape[1]))
     inputs = _Inputs(
-        *(z.astype(wide) for z in (x, dt, b, c)),
+        x=x.astype(wide),
+        dt=dt.astype(wide),
+        b=b.astype(wide),
+        c=c.astype(wide),
         drop=None if reset is None else reset.astype(wide),
     )
     # Inside, time comes first, so that a step reads one stretch of memory, and channels come last:

@@ -1,0 +1,134 @@
+"""Mamba checkpoints of the Hugging Face layout, `model_type` mamba (arXiv:2312.00752)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrec.config import from_dict
+from jaxrec.convert import activations
+from jaxrec.convert.engine import Rule, System, depthwise, folded, same, transposed
+from jaxrec.errors import UserError, nearest
+from jaxrec.models.mamba import MambaConfig
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "state_size": "state_size",
+    "layer_norm_epsilon": "norm_epsilon",
+    "conv_kernel": "conv_width",
+    "use_bias": "bias",
+    "use_conv_bias": "conv_bias",
+    "initializer_range": "init_std",
+    "residual_in_fp32": "residual_in_float32",
+    "time_step_scale": "step_scale",
+    "time_step_min": "step_min",
+    "time_step_max": "step_max",
+    "time_step_init_scheme": "step_init",
+    "time_step_floor": "step_floor",
+    "rescale_prenorm_residual": "shrink_output",
+    "tie_word_embeddings": "tie_embeddings",
+}
+DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its file leaves out
+    "num_hidden_layers": 32,
+    "expand": 2,
+    "time_step_rank": "auto",
+    "hidden_act": "silu",
+}
+REQUIRED = ("vocab_size", "hidden_size")
+UNUSED = (  # bookkeeping of the file format, and which program runs the same equations
+    "architectures dtype torch_dtype transformers_version use_cache use_mambapy"
+    " use_associative_scan bos_token_id eos_token_id pad_token_id output_hidden_states"
+    " output_attentions return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id"
+    " problem_type model_type intermediate_size d_model d_inner n_layer ssm_cfg fused_add_norm"
+    " rms_norm pad_vocab_size_multiple"
+).split()
+
+
+def _read_config(data: Mapping[str, Any]) -> MambaConfig:
+    known = [*FIELDS, *DEFAULTS, *UNUSED]
+    for name in data:
+        if name not in known and not name.startswith("_"):
+            raise UserError(f"mamba: unknown field {name} in config.json.{nearest(name, known)}")
+    missing = [name for name in REQUIRED if name not in data]
+    if missing:
+        raise UserError(f"mamba: config.json lacks the field {missing[0]}.")
+    if data.get("model_type", "mamba") != "mamba":
+        raise UserError(f"mamba: model_type must be 'mamba', got {data['model_type']!r}.")
+    data = DEFAULTS | dict(data)
+    ours = {field: data[name] for name, field in FIELDS.items() if name in data}
+    sizes = data["expand"], data["hidden_size"]
+    if not all(isinstance(size, int | float) and size > 0 for size in sizes):
+        raise UserError(f"mamba: expand and hidden_size must be positive numbers, got {sizes}.")
+    inner = int(data["expand"] * data["hidden_size"])
+    rank = data["time_step_rank"]
+    ours["step_rank"] = math.ceil(data["hidden_size"] / 16) if rank == "auto" else rank
+    for name, want in {  # older files say some things twice
+        "intermediate_size": inner,
+        "d_inner": inner,
+        "d_model": data["hidden_size"],
+        "n_layer": data["num_hidden_layers"],
+        "ssm_cfg": {},
+        "fused_add_norm": True,
+        "rms_norm": True,
+    }.items():
+        if data.get(name, want) != want:
+            raise UserError(f"mamba: by the other fields {name} must be {want}, got {data[name]}.")
+    ours["inner_width"] = inner
+    ours["activation"] = activations.read("mamba", "hidden_act", data["hidden_act"])
+    try:
+        return from_dict(MambaConfig, ours)
+    except (UserError, ValueError) as error:
+        raise UserError(f"mamba: config.json: {error}") from error
+
+
+def _write_config(config: MambaConfig) -> dict[str, Any]:
+    data = {name: getattr(config, ours) for name, ours in FIELDS.items()}
+    if config.inner_width % config.width:
+        raise UserError(
+            "mamba: the format has only inner widths that are multiples of the width,"
+            f" got {config.inner_width} and {config.width}."
+        )
+    return data | {
+        "model_type": "mamba",
+        "architectures": ["MambaForCausalLM"],
+        "expand": config.inner_width // config.width,
+        "time_step_rank": config.step_rank,
+        "hidden_act": activations.write(config.activation),
+    }
+
+
+def _rules(config: MambaConfig) -> list[Rule]:
+    theirs, ours = "backbone.layers.{i}.mixer.", "blocks/mixer"
+    rules = [
+        same("backbone.embeddings.weight", "embedding/table"),
+        same("backbone.norm_f.weight", "norm/scale"),
+        same("backbone.layers.{i}.norm.weight", "blocks/norm/scale"),
+        transposed(f"{theirs}in_proj.weight", f"{ours}/input/kernel"),
+        depthwise(f"{theirs}conv1d.weight", f"{ours}/conv_kernel"),
+        transposed(f"{theirs}x_proj.weight", f"{ours}/select/kernel"),
+        transposed(f"{theirs}dt_proj.weight", f"{ours}/step/kernel"),
+        same(f"{theirs}dt_proj.bias", f"{ours}/step/bias"),
+        same(f"{theirs}A_log", f"{ours}/log_rate"),
+        same(f"{theirs}D", f"{ours}/skip"),
+        transposed(f"{theirs}out_proj.weight", f"{ours}/out/kernel"),
+    ]
+    if config.conv_bias:
+        rules.append(same(f"{theirs}conv1d.bias", f"{ours}/conv_bias"))
+    if config.bias:
+        rules.append(folded(f"{theirs}in_proj.bias", f"{ours}/input/bias"))
+        rules.append(same(f"{theirs}out_proj.bias", f"{ours}/out/bias"))
+    if not config.tie_embeddings:
+        rules.append(same("lm_head.weight", "head/table"))
+    return rules
+
+
+SYSTEM = System(
+    name="mamba",
+    read_config=_read_config,
+    write_config=_write_config,
+    rules=_rules,
+    repeated=lambda config: (
+        {"lm_head.weight": "backbone.embeddings.weight"} if config.tie_embeddings else {}
+    ),
+)

@@ -1,0 +1,165 @@
+"""RecurrentGemma against its originals: the language model, and the RG-LRU alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrec import convert
+from jaxrec.convert.engine import find, read_tensors, to_tensors
+from jaxrec.layers.rglru import RGLRU
+from jaxrec.ops import attention, rotary
+from tests.golden.harness import Case, cases
+
+FOLDERS = {"lm": [], "unit": []}
+for _folder in cases("recurrentgemma"):  # a language model has token ids, the unit alone has not
+    with np.load(_folder / "cases.npz") as _arrays:
+        FOLDERS["lm" if "input_ids" in _arrays else "unit"].append(_folder)
+
+
+@pytest.fixture(params=FOLDERS["lm"], ids=lambda folder: folder.name, scope="module")
+def case(request):
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return case.load_model()
+
+
+@pytest.fixture(scope="module")
+def tokens(case):
+    return jnp.asarray(case["input_ids"], jnp.int32)
+
+
+def test_logits(case, model, tokens):
+    case.check("logits", jax.jit(lambda model, tokens: model(tokens)[0])(model, tokens))
+
+
+def test_step_by_step(case, model, tokens):
+    """The ring of keys and the states give the logits of the whole pass, past the window too."""
+    step = jax.jit(lambda model, token, state: model(token, state))
+    state, logits = model.init_state(tokens.shape[0]), []
+    for t in range(tokens.shape[1]):
+        new, state = step(model, tokens[:, t : t + 1], state)
+        logits.append(new[:, 0])
+    case.check("logits", np.stack(logits, axis=1))
+
+
+def test_hidden_states(case, model, tokens):
+    for i, stream in enumerate(jax.jit(streams)(model, tokens)):
+        if f"hidden_{i}" in case:
+            case.check(f"hidden_{i}", stream)
+
+
+def test_gradients(case, model, tokens):
+    cotangent = jnp.asarray(case["cot_logits"])
+    gradient = jax.jit(jax.grad(lambda model: jnp.sum(model(tokens)[0] * cotangent)))(model)
+    tensors = to_tensors(find(case.system), model, gradient)
+    for name in case.names("grad_"):
+        case.check(name, tensors[name.removeprefix("grad_").replace("__", ".")])
+
+
+def test_the_table_round_trips(case, model, tmp_path):
+    convert.export(model, tmp_path)
+    again = convert.load(case.system, tmp_path)
+    assert again.config == model.config
+    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(left, right)
+    tensors, exported = read_tensors(case.folder), read_tensors(tmp_path)
+    repeated = find(case.system).repeated(model.config).keys()
+    assert exported.keys() == tensors.keys() - repeated
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+
+
+def test_every_array_was_looked_at(case):
+    """After the tests of the language model, which share the case."""
+    case.assert_all_looked_at()
+
+
+def streams(model, tokens):
+    """The embedding, the stream after every block but the last, and the normed one after that."""
+    config = model.config
+    view, _ = attention.open_view(None, tokens.shape, window=config.window)
+    angles = rotary.rotation(view.positions, config.rotary_width, config.rotary_base)
+    reset = view.positions == 0
+    found = [model.embed(tokens)]
+    for i, mixer in enumerate(config.mixers):
+        group, place = divmod(i, len(config.pattern))
+        if (group + 1) * len(config.pattern) <= config.layers:
+            block = jax.tree.map(lambda leaf: leaf[group], model.groups.blocks[place])  # noqa: B023
+        else:
+            block = model.tail.blocks[place]
+        if mixer == "recurrent":
+            x, _ = block(found[-1], block.mixer.init_state(tokens.shape[0]), reset=reset)
+        else:
+            x, _ = block(found[-1], None, view=view, angles=angles)
+        found.append(x)
+    return [*found[:-1], model.norm(found[-1])]
+
+
+@pytest.fixture(params=FOLDERS["unit"], ids=lambda folder: folder.name, scope="module")
+def unit_case(request):
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def unit(unit_case):
+    """The layer with the case's tensors, which are no model's: the engine has no table for them."""
+    tensors = read_tensors(unit_case.folder)
+    config = unit_case.config
+    layer = RGLRU(config["width"], config["num_heads"], rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(layer)
+    gates = {
+        ours: {"kernel": tensors.pop(f"{theirs}.w"), "bias": tensors.pop(f"{theirs}.b")}
+        for ours, theirs in (("recurrence_gate", "a_gate"), ("input_gate", "input_gate"))
+    }
+    decay = tensors.pop("a_param")
+    assert not tensors
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, gates | {"decay": decay}))
+
+
+def test_the_unit_alone(unit_case, unit):
+    x = jnp.asarray(unit_case["x"])
+    reset = jnp.asarray(unit_case["segment_pos"] == 0)
+    run = jax.jit(lambda unit, x, h, reset: unit(x, h, reset=reset))
+    y, last = run(unit, x, unit.init_state(x.shape[0]), reset)
+    unit_case.check("y", y)
+    unit_case.check("last_h", last)
+    half = x.shape[1] // 2
+    first, middle = run(unit, x[:, :half], unit.init_state(x.shape[0]), reset[:, :half])
+    unit_case.check("mid_h", middle)
+    second, last = run(unit, x[:, half:], middle, reset[:, half:])
+    unit_case.check("y", jnp.concatenate([first, second], axis=1))
+    unit_case.check("last_h", last)
+
+
+def test_the_gradients_of_the_unit(unit_case, unit):
+    reset = jnp.asarray(unit_case["segment_pos"] == 0)
+    cotangent = jnp.asarray(unit_case["cot_y"])
+
+    @jax.jit
+    def gradient(unit, x):
+        def loss(unit, x):
+            return jnp.sum(unit(x, unit.init_state(x.shape[0]), reset=reset)[0] * cotangent)
+
+        return jax.grad(loss, argnums=(0, 1))(unit, x)
+
+    of_unit, of_x = gradient(unit, jnp.asarray(unit_case["x"]))
+    found = {
+        "grad_x": of_x,
+        "grad_a_param": of_unit.decay[...],
+        "grad_input_gate__w": of_unit.input_gate.kernel[...],
+        "grad_input_gate__b": of_unit.input_gate.bias[...],
+        "grad_a_gate__w": of_unit.recurrence_gate.kernel[...],
+        "grad_a_gate__b": of_unit.recurrence_gate.bias[...],
+    }
+    for name in unit_case.names("grad_"):
+        unit_case.check(name, found[name])
+
+
+def test_every_array_of_the_unit_was_looked_at(unit_case):
+    """Last in this file."""
+    unit_case.assert_all_looked_at()
