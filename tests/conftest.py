@@ -29,14 +29,3 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 pytest.register_assert_rewrite("tests.laws")  # so that a broken law shows its values
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, what shares fixtures and compiled programs stays in one process: the tests
-    of a file, and in laws.py those of one subject."""
-    for item in items:
-        group = item.path
-        if item.path.name == "laws.py":
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            group = parameters.get("subject", parameters.get("loop", group))
-        item.add_marker(pytest.mark.xdist_group(str(group)))

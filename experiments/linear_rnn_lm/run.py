@@ -1,4 +1,4 @@
-"""RG-LRU, Mamba, RecurrentGemma and a transformer as byte-level language models: equal parameters, equal time.
+"""RG-LRU, Mamba, RecurrentGemma and a transformer as language models: equal parameters and time.
 
 Each first makes a few steps to learn how long one takes, then a run of as many as fit into
 --minutes. Writes results.json and curves.png; with --smoke, tiny models run for seconds and nothing

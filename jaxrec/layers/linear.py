@@ -23,8 +23,8 @@ def uniform(limit: float) -> Initializer:
     limit 1 / sqrt(inputs).
     """
 
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32, _: Any = None) -> Array:
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit, out_sharding=out_sharding)
 
     return init
 

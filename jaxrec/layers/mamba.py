@@ -36,9 +36,11 @@ def log_uniform_step_bias(low: float, high: float, floor: float) -> Initializer:
     `floor`.
     """
 
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32, _: Any = None) -> Array:
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         low_log, high_log = jnp.log(jnp.asarray(low, dtype)), jnp.log(jnp.asarray(high, dtype))
-        step = jnp.exp(jax.random.uniform(key, shape, dtype, low_log, high_log))
+        step = jnp.exp(
+            jax.random.uniform(key, shape, dtype, low_log, high_log, out_sharding=out_sharding)
+        )
         step = jnp.maximum(step, floor)
         return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
 
