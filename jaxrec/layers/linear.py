@@ -1,5 +1,7 @@
 """Affine maps, and how their weights begin."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,8 +21,8 @@ def uniform(limit: float) -> Initializer:
     limit 1 / sqrt(inputs).
     """
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit, out_sharding=out_sharding)
 
     return init
 

@@ -11,7 +11,7 @@ sections 3.2 to 3.6.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,10 @@ def log_uniform_step_bias(low: float, high: float, floor: float) -> Initializer:
     `floor`.
     """
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         low_log, high_log = jnp.log(jnp.asarray(low, dtype)), jnp.log(jnp.asarray(high, dtype))
-        step = jnp.exp(jax.random.uniform(key, shape, dtype, low_log, high_log))
-        step = jnp.maximum(step, floor)
+        draws = jax.random.uniform(key, shape, dtype, low_log, high_log, out_sharding=out_sharding)
+        step = jnp.maximum(jnp.exp(draws), floor)
         return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
 
     return init

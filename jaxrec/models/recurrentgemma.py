@@ -131,8 +131,8 @@ class RecurrentGemmaConfig:
         recurrent += 2 * self.recurrent_width**2 // self.heads
         seen = time / 2 if time <= self.window else self.window * (1 - self.window / (2 * time))
         local = 2 * self.width**2 + 2 * self.width * self.head_width * self.kv_heads
-        local += 2 * seen * self.width
-        forward = sum(recurrent if mixer == "recurrent" else local for mixer in self.mixers)
+        mixing = {"recurrent": float(recurrent), "attention": local + 2 * seen * self.width}
+        forward = sum(mixing[mixer] for mixer in self.mixers)
         forward += self.layers * 3 * self.width * self.mlp_width + self.width * self.vocab_size
         return 2 * forward * (3 if training else 1)
 
@@ -216,7 +216,7 @@ class Group(nnx.Module):
         Returns:
           The stream, the next states and cache, and the first slot of the layer that follows.
         """
-        after = []
+        after: list[RecurrentState] = []
         for block, mixer in zip(self.blocks, self.mixers, strict=True):
             if mixer == "recurrent":
                 state = jax.tree.map(lambda leaf: leaf[len(after)], states)
