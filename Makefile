@@ -6,9 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The default run of `make train`; `make train ARGS="--steps 1000 --name longer"` adds to it.
 TRAIN := jaxrec.models.huginn:TINY --data python-docs --steps 220 --optimizer.learning-rate 4e-3
 
-# Most of the suite's time is compilation, which uses one core. The tests of a file share what was
-# compiled and stay in one process.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Most of the suite's time is compilation, which uses one core; tests/conftest.py deals the tests out.
+PARALLEL := -n auto --maxprocesses 4
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 

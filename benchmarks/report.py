@@ -190,13 +190,51 @@ def train(report: dict) -> list[str]:
     return lines
 
 
+def models(report: dict) -> list[str]:
+    sizes = report["sizes"]
+    rows = []
+    for x in report["results"]:
+        theirs = ["-", "-", "-"]
+        if "transformers" in x:
+            theirs = [
+                f"{x['transformers']['tokens_per_s']:,.0f}",
+                pair(x["transformers"]["median_s"], x["transformers"]["least_s"], 3),
+                pair(x["to_ours_median"], x["to_ours_least"], 2),
+            ]
+        compiled = ["-", "-"]
+        if "compile_s" in x:
+            compiled = [f"{x['compile_s']:.0f}", f"{x['temp_mib']:.0f}"]
+        rows.append(
+            [
+                x["system"],
+                "forward + backward" if x["part"] == "both" else x["part"],
+                f"{x['jaxrec']['tokens_per_s']:,.0f}",
+                pair(x["jaxrec"]["median_s"], x["jaxrec"]["least_s"], 3),
+                *theirs,
+                *compiled,
+            ]
+        )
+    return [
+        f"Recurrent language models, width {sizes['width']}, {sizes['layers']} layers, vocabulary"
+        f" {sizes['vocab_size']}, batch {sizes['batch']} x {sizes['time']} tokens, RecurrentGemma's"
+        f" MLP {sizes['mlp_width']}; decoding {sizes['new_tokens']} tokens after a prompt of"
+        f" {sizes['prompt']} at batch 1; transformers {report['transformers'] or 'not installed'}.",
+        "",
+        *table(
+            "model | what | tokens/s | s | transformers tokens/s | transformers s"
+            " | transformers / ours | compile s | temp MiB",
+            rows,
+        ),
+    ]
+
+
 def main() -> None:
     readme = HERE / "README.md"
     lines = [readme.read_text().partition(MARK)[0] + MARK, ""]
     for path in sorted((HERE / "results").glob("*.json")):
         report = json.loads(path.read_text())
         lines += heading(path, report)
-        lines += {"scan": scan, "train": train}[report["benchmark"]](report)
+        lines += {"scan": scan, "train": train, "models": models}[report["benchmark"]](report)
     readme.write_text("\n".join(lines).rstrip() + "\n")
 
 

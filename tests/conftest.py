@@ -29,3 +29,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 pytest.register_assert_rewrite("tests.laws")  # so that a broken law shows its values
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With pytest-xdist, what shares fixtures and compiled programs stays in one process: the tests
+    of a file, and in laws.py those of one subject, whose name ends the brackets."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            subject = nodeid.rpartition("[")[2].rpartition("-")[2]
+            return subject if file.endswith("laws.py") else file
+
+    return Scheduling(config, log)

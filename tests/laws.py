@@ -32,6 +32,7 @@ from jaxrec.layers.s5 import S5Config
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
+from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
 from jaxrec.ops.time import dense_scan, linear_scan, selective_scan
@@ -536,6 +537,36 @@ def s5(method: str, *, conj_sym: bool) -> Subject:
     )
 
 
+def recurrentgemma() -> Subject:
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB,
+        width=8,
+        recurrent_width=6,
+        heads=2,
+        mlp_width=12,
+        layers=3,
+        window=4,
+        context=128,
+        pattern=("recurrent", "attention"),
+    )
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        anew = reset.copy()
+        anew[:, 0] = True  # the state before the first token is no state at all
+        return references.recurrentgemma(params, x, anew, config), None
+
+    return module(
+        "RecurrentGemma",
+        config.build,
+        x=tokens,
+        start=lambda model, b, t: model.init_state(b, capacity=t),
+        call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
+        loop=loop,
+        gradient_gap=1.2e-6,
+        bf16=11.0,  # three layers, measured 10.1
+    )
+
+
 SUBJECTS = [
     *(
         scan(method, dtype, reverse=reverse)
@@ -563,6 +594,7 @@ SUBJECTS = [
     linear_rnn(),
     mamba_mixer(),
     mamba(),
+    recurrentgemma(),
 ]
 
 LOOPS = [

@@ -203,6 +203,30 @@ def linear_rnn(params, tokens, reset, config):
     return config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
 
 
+def recurrentgemma(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens] * config.embedding_scale
+    batch, width, period = tokens.shape[0], config.recurrent_width, len(config.pattern)
+    for i in range(config.layers):
+        group, place = divmod(i, period)
+        if (group + 1) * period <= config.layers:
+            block = layer(params["groups"]["blocks"][place], group)
+        else:
+            block = params["tail"]["blocks"][place]
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon, unit_offset=True)
+        if config.pattern[place] == "recurrent":
+            window = np.zeros((batch, config.conv_width - 1, width), x.dtype)
+            h = np.zeros((batch, width), x.dtype)
+            x = x + recurrent_block(block["mixer"], normed, window, h, reset)[0]
+        else:
+            local = config.window, config.rotary_width
+            x = x + attention(block["mixer"], normed, reset, config.rotary_base, "half", *local)
+        normed = rms_norm(block["mlp_norm"], x, config.norm_epsilon, unit_offset=True)
+        x = x + gated_mlp(block["mlp"], normed, gelu)
+    x = rms_norm(params["norm"], x, config.norm_epsilon, unit_offset=True)
+    logits = x @ params["embedding"]["table"].T
+    return config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
+
+
 def sandwich_block(params, x, reset, config):
     def norm(name, x):
         return rms_norm(params[name], x, config.norm_epsilon)

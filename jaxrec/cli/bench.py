@@ -1,4 +1,4 @@
-"""`jaxrec bench scan|train`: timings beside those of peers, in one process and in turns.
+"""`jaxrec bench scan|train|models`: timings beside those of peers, in one process and in turns.
 
 Nothing is timed that computes the wrong numbers: every candidate first meets its definition at a
 small size, and a candidate that fails ends the command with status 1.
@@ -13,6 +13,8 @@ from typing import Any, Literal
 from jaxrec.errors import UserError, nearest
 
 Part = Literal["step", "remat", "depth", "decode"]
+ModelPart = Literal["forward", "both", "decode"]
+RecurrentSystem = Literal["mamba", "recurrentgemma"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +60,53 @@ class TrainArguments:
     """Also write the results to this JSON file."""
 
 
-Arguments = ScanArguments | TrainArguments
-KINDS: dict[str, Any] = {"scan": ScanArguments, "train": TrainArguments}
+@dataclass(frozen=True, kw_only=True)
+class ModelsArguments:
+    """Time recurrent language models of width 256 beside those of transformers if installed."""
+
+    systems: tuple[RecurrentSystem, ...] = ("mamba", "recurrentgemma")
+    """Which models."""
+    parts: tuple[ModelPart, ...] = ("forward", "both", "decode")
+    """forward: logits; both: loss and gradient; decode: tokens per second at batch 1."""
+    mlp_width: int = 384
+    """Inner width of RecurrentGemma's MLP. 384 has the ratio to the width that transformers takes
+    by default; 768 has that of the published models."""
+    rounds: int = 7
+    """Runs of each candidate; medians are reported."""
+    smoke: bool = False
+    """Tiny models and one round, to see that everything runs. The numbers mean nothing."""
+    json: bool = False
+    """Print JSON lines instead of tables."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+Arguments = ScanArguments | TrainArguments | ModelsArguments
+KINDS: dict[str, Any] = {
+    "scan": ScanArguments,
+    "train": TrainArguments,
+    "models": ModelsArguments,
+}
 
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Reads what is to be timed, then its options.
 
     Raises:
-      UserError: neither scan nor train, or an option is wrong.
+      UserError: there is no such benchmark, or an option is wrong.
     """
     from jaxrec.cli.main import read_arguments
 
     kind, *rest = argv or ["--help"]
     if kind in ("-h", "--help"):
-        print("usage: jaxrec bench scan|train [OPTIONS]\n")
+        print("usage: jaxrec bench scan|train|models [OPTIONS]\n")
         for name, arguments in KINDS.items():
             print(f"  {name:<6} {arguments.__doc__}")
         print("\n`jaxrec bench scan --help` lists the options.")
         raise SystemExit(0)
     if kind not in KINDS:
         raise UserError(
-            f"There is no benchmark {kind!r}.{nearest(kind, KINDS)}"
-            f" There are {' and '.join(KINDS)}."
+            f"There is no benchmark {kind!r}.{nearest(kind, KINDS)} There are {', '.join(KINDS)}."
         )
     return read_arguments(KINDS[kind], rest, f"jaxrec bench {kind}")
 
@@ -91,14 +117,16 @@ def run(arguments: Arguments) -> int:
     Raises:
       UserError: an argument does not fit.
     """
-    from jaxrec.cli import bench_scan, bench_train
+    from jaxrec.cli import bench_models, bench_scan, bench_train
     from jaxrec.cli.timing import WrongNumbers
 
     try:
         if isinstance(arguments, ScanArguments):
             bench_scan.run(arguments)
-        else:
+        elif isinstance(arguments, TrainArguments):
             bench_train.run(arguments)
+        else:
+            bench_models.run(arguments)
     except WrongNumbers as error:
         print(f"jaxrec bench: {error} Nothing was timed.", file=sys.stderr)
         return 1

@@ -38,10 +38,8 @@ def log_uniform_step_bias(low: float, high: float, floor: float) -> Initializer:
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         low_log, high_log = jnp.log(jnp.asarray(low, dtype)), jnp.log(jnp.asarray(high, dtype))
-        step = jnp.exp(
-            jax.random.uniform(key, shape, dtype, low_log, high_log, out_sharding=out_sharding)
-        )
-        step = jnp.maximum(step, floor)
+        draws = jax.random.uniform(key, shape, dtype, low_log, high_log, out_sharding=out_sharding)
+        step = jnp.maximum(jnp.exp(draws), floor)
         return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
 
     return init

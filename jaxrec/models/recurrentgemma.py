@@ -130,9 +130,9 @@ class RecurrentGemmaConfig:
         recurrent = 3 * self.width * self.recurrent_width + self.conv_width * self.recurrent_width
         recurrent += 2 * self.recurrent_width**2 // self.heads
         seen = time / 2 if time <= self.window else self.window * (1 - self.window / (2 * time))
-        local: float = 2 * self.width**2 + 2 * self.width * self.head_width * self.kv_heads
-        local += 2 * seen * self.width
-        forward = sum(recurrent if mixer == "recurrent" else local for mixer in self.mixers)
+        local = 2 * self.width**2 + 2 * self.width * self.head_width * self.kv_heads
+        mixing = {"recurrent": float(recurrent), "attention": local + 2 * seen * self.width}
+        forward = sum(mixing[mixer] for mixer in self.mixers)
         forward += self.layers * 3 * self.width * self.mlp_width + self.width * self.vocab_size
         return 2 * forward * (3 if training else 1)
 

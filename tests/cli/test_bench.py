@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxrec.cli import bench, bench_scan, bench_train, main, timing
+from jaxrec.cli import bench, bench_models, bench_scan, bench_train, main, timing
 from jaxrec.ops.time import linear_scan
 
 
@@ -132,6 +132,40 @@ def test_the_torch_program_agrees_where_it_is_installed():
         bench_train.check_peer(peer)
 
 
+def test_models_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_models, "load_peer", lambda: None)
+    out = tmp_path / "models.json"
+    options = ["--smoke", "--parts", "forward", "decode", "--json", "--out", str(out)]
+    assert main.main(["bench", "models", *options]) == 0
+    head, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records and head["transformers"] is None
+    assert [(x["system"], x["part"]) for x in records] == [
+        (system, part) for system in ("mamba", "recurrentgemma") for part in ("forward", "decode")
+    ]
+    assert all(0 < x["jaxrec"]["tokens_per_s"] < math.inf for x in records)
+    # The same report as a person reads it.
+    timing.publish(report, bench_models.tables, as_json=False, out=None)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_model_of_transformers_that_differs_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench_models, "load_peer", lambda: "a peer")
+    monkeypatch.setattr(bench_models, "peer_errors", lambda *_: {"the logits": float("nan")})
+    monkeypatch.setattr(bench_models, "measure", None)  # calling it would fail
+    assert bench.run(bench.ModelsArguments(smoke=True)) == 1
+    assert "Mamba of transformers and jaxrec differ: the logits by nan" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # importing transformers alone takes longer than a few seconds
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("system", ["mamba", "recurrentgemma"])
+def test_transformers_agrees_where_it_is_installed(system):
+    peer = bench_models.load_peer()
+    if peer is not None:
+        bench_models.check_peer(peer, system)
+
+
 def test_candidates_run_in_turns():
     order = []
     times = timing.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 8)
@@ -151,6 +185,8 @@ def test_candidates_run_in_turns():
         (["scan", "--round", "3"], "--round"),
         (["train", "--depths", "0"], "--depths: expected numbers >= 1"),
         (["train", "--out", "."], "is a folder"),
+        (["models", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["models", "--mlp-width", "0"], "--mlp-width must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line(capsys, argv, words):

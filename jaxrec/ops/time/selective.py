@@ -84,13 +84,8 @@ def selective_scan(
     chunk = min(chunk, time)
     if state is None:
         state = jnp.zeros_like(x, wide, shape=(batch, inner, a.shape[1]))
-    inputs = _Inputs(
-        x=x.astype(wide),
-        dt=dt.astype(wide),
-        b=b.astype(wide),
-        c=c.astype(wide),
-        drop=None if reset is None else reset.astype(wide),
-    )
+    drop = None if reset is None else reset.astype(wide)
+    inputs = _Inputs(x.astype(wide), dt.astype(wide), b.astype(wide), c.astype(wide), drop)
     # Inside, time comes first, so that a step reads one stretch of memory, and channels come last:
     # there are more of them than states, and a step runs along them.
     chunks = jax.tree.map(functools.partial(_to_chunks, chunk=chunk), inputs)
