@@ -15,10 +15,12 @@ import tyro
 from jaxrec.config import from_dict, load_object
 from jaxrec.errors import UserError
 from jaxrec.training.config import TrainConfig
+from jaxrec.training.runs import read_run, tokenizer_of
 
 HELP = """usage: jaxrec train MODEL [options]
 
 MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY; `jaxrec list` shows all.
+Or it is the folder of a run, made by `jaxrec convert`, say, whose parameters the new run begins with.
 Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others.
 --config FILE reads options from YAML or JSON, with the model's fields under "model"."""
 
@@ -50,10 +52,17 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise UserError(
             f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}"
         )
-    model = load_object(path)
+    model = _model_config(path)
     if isinstance(model, type) or not isinstance(model, LanguageModelConfig):
         raise UserError(f"{path} is not a model configuration; `jaxrec list` shows them.")
     config, rest = TrainConfig(), _with_short_data(rest)
+    if _is_run(path):
+        config = dataclasses.replace(
+            config,
+            name=f"{Path(path).resolve().name}-on",
+            time=min(config.time, model.context),
+            data=dataclasses.replace(config.data, tokenizer=tokenizer_of(read_run(Path(path)))),
+        )
     rest = [part for word in rest for part in _split_config(word)]
     if "--config" in rest:
         index = rest.index("--config")
@@ -87,12 +96,14 @@ def run(parsed: tuple[str, Any]) -> int:
     from jaxrec.training.loop import train
 
     path, arguments = parsed
+    start = Path(path) if _is_run(path) else None
     outcome = train(
-        path,
+        path if start is None else read_run(start).model_path,
         arguments.model,
         arguments.train,
         runs=arguments.options.runs,
         resume=arguments.options.resume,
+        start=start,
         sample=_sample,
         stream=sys.stdout,
     )
@@ -141,8 +152,8 @@ def _conclude(outcome: Any, go_on: str) -> None:
     print(f"Generate:  {program()} generate {where}{average} --prompt 'def '{options}")
     print(f"Evaluate:  {program()} eval {where}{average}")
     print(f"Go on:     {go_on}")
-    module = run.model_path.rpartition(":")[0]
-    if hasattr(importlib.import_module(module), "SMALL"):
+    module, has_sizes, _ = run.model_path.partition(":")
+    if has_sizes and hasattr(importlib.import_module(module), "SMALL"):
         source = shlex.quote(run.config.data.source)
         print(
             f"Scale up:  {program()} train {module}:SMALL --data {source}"
@@ -173,7 +184,7 @@ def command_line(path: str, arguments: Any) -> str:
     """The command that gives these arguments: MODEL, and the options that are not the defaults."""
     from jaxrec.cli.main import program
 
-    pairs = _differences(arguments.model, load_object(path), "model.")
+    pairs = _differences(arguments.model, _model_config(path), "model.")
     pairs += _differences(arguments.train, TrainConfig(), "")
     pairs += _differences(arguments.options, Options(), "")
     words = []
@@ -187,6 +198,16 @@ def command_line(path: str, arguments: Any) -> str:
         else:
             words += [flag, str(value)]
     return f"{program()} train {shlex.join([path, *words])}"
+
+
+def _is_run(path: str) -> bool:
+    """Whether MODEL is the folder of a run."""
+    return (Path(path) / "run.json").exists()
+
+
+def _model_config(path: str) -> Any:
+    """The configuration that MODEL names."""
+    return read_run(Path(path)).model_config if _is_run(path) else load_object(path)
 
 
 def _differences(config: Any, default: Any, prefix: str) -> list[tuple[str, Any]]:

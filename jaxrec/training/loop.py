@@ -25,7 +25,7 @@ from jaxrec.training.guard import explain_bad_step
 from jaxrec.training.metrics import MetricsLog, truncate_after
 from jaxrec.training.progress import RunProgress
 from jaxrec.training.runs import Run, check_same_run, read_run
-from jaxrec.training.step import build_steps
+from jaxrec.training.step import Steps, build_steps
 
 FINAL = 4
 """So many times the text of an evaluation on the way is read by the one at the end."""
@@ -55,6 +55,7 @@ def train(
     *,
     runs: Path = Path("runs"),
     resume: bool = False,
+    start: Path | None = None,
     sample: Sample | None = None,
     stream: TextIO | None = None,
 ) -> Outcome:
@@ -66,6 +67,7 @@ def train(
       config: everything else.
       runs: folder of all runs.
       resume: insist that there is a run to go on with. Without it a run is resumed if there is one.
+      start: folder of another run, whose newest parameters a new run begins with; None draws them.
       sample: writes a sample from the model; called every `config.sample_every` steps.
       stream: where progress is shown, such as sys.stdout; nowhere if None.
 
@@ -103,7 +105,10 @@ def train(
                 f"{run.folder} has made {first} steps already; --steps {config.steps} is less."
                 " Ask for more, or choose another --name."
             )
-        state = steps.init() if first is None else checkpoints.restore(first, steps.abstract)
+        if first is not None:
+            state = checkpoints.restore(first, steps.abstract)
+        else:
+            state = steps.init() if start is None else begin_with(start, steps)
         first = first or 0
         run.write(data.tokenizer)
         truncate_after(run.folder / "metrics.jsonl", first)
@@ -199,6 +204,22 @@ def train(
             evaluation=evaluation(step, FINAL * config.eval_batches) if done else None,
             model=steps.merge(sharding.on_one_device(final, mesh)),
         )
+
+
+def begin_with(folder: Path, steps: Steps) -> dict[str, Any]:
+    """The state before the first update, with the newest parameters of another run.
+
+    Raises:
+      UserError: the folder is no run, holds no checkpoint, or one of another model.
+    """
+    with Checkpoints(read_run(folder).checkpoints, keep=None, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"{folder} has no checkpoint to begin with.")
+        params = checkpoints.restore_params(step, steps.abstract["params"])
+    state = steps.init()
+    average = None if state["ema"] is None else jax.tree.map(jnp.copy, params)
+    return state | {"params": params, "ema": average}
 
 
 def check_fits(model_config: LanguageModelConfig, config: TrainConfig, data: Data) -> None:

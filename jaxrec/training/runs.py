@@ -162,8 +162,7 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
       UserError: the folder is no run or holds no such checkpoint, or the checkpoint is damaged.
     """
     run = read_run(folder)
-    copied = (folder / TOKENIZER_FILE).exists()
-    tokenizer = load_tokenizer(folder if copied else run.data["tokenizer"])
+    tokenizer = load_tokenizer(tokenizer_of(run))
     graph, variables = nnx.split(nnx.eval_shape(lambda: run.model_config.build(rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -178,6 +177,11 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
             raise UserError(f"{run.folder} has no checkpoint of step {step}. It has: {there}.")
         params = checkpoints.restore_params(step, abstract, average=ema)
     return Loaded(nnx.merge(graph, params), tokenizer, run, step)
+
+
+def tokenizer_of(run: Run) -> str:
+    """How `load_tokenizer` finds the tokenizer of a run: the copy in its folder if there is one."""
+    return str(run.folder) if (run.folder / TOKENIZER_FILE).exists() else run.data["tokenizer"]
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`jaxrec convert` there and back, and what it refuses."""
 
 import dataclasses
+import shlex
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from flax import nnx
 from jaxrec import convert
 from jaxrec.cli.main import main
 from jaxrec.layers.s5 import S5Config
-from tests.training.small import HUGINN
+from jaxrec.training.runs import load_model
+from tests.training.small import HUGINN, write_text
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,26 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, published, tm
     assert there.keys() == here.keys()
     for name, tensor in there.items():
         np.testing.assert_array_equal(here[name], tensor, err_msg=name)
+
+
+def test_training_goes_on_from_a_checkpoint(capsys, published, tmp_path):
+    text = write_text(tmp_path / "text")
+    converted, runs = tmp_path / "converted", tmp_path / "runs"
+    assert main(["convert", "huginn", str(published), str(converted)]) == 0
+    options = ["--data", str(text), "--data.valid-fraction", "0.2", "--runs", str(runs)]
+    options += ["--batch", "2", "--time", "16", "--eval-batches", "1", "--eval-depths", "1"]
+    options += ["--optimizer.ema-decay", "0.9"]
+    assert main(["train", str(converted), "--steps", "2", *options]) == 0
+    said = capsys.readouterr().out
+    (go_on,) = [line for line in said.splitlines() if line.startswith("Go on:")]
+    before, after = (load_model(run) for run in (converted, runs / "converted-on"))
+    assert after.run.model_config == before.run.model_config
+    drift = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.model, after.model)
+    moved = max(jax.tree.leaves(drift))
+    assert 0 < moved < 0.02  # two steps of Adam at the beginning of the warm-up, not other weights
+    words = shlex.split(go_on.partition("train ")[2])
+    assert main(["train", *words]) == 0  # the printed command goes on with the new run
+    assert load_model(runs / "converted-on").step == 4
 
 
 @pytest.mark.parametrize(

@@ -62,5 +62,5 @@ def test_only_matrices_are_cast(steps):
     model = steps.merge(params)
     cast = cast_matrices(params, is_matrix(model), jnp.bfloat16)
     assert cast["embedding"]["table"].dtype == jnp.bfloat16
-    assert cast["blocks"]["recurrent"]["recurrence"]["decay"].dtype == jnp.float32
+    assert cast["blocks"]["mixer"]["recurrence"]["decay"].dtype == jnp.float32
     assert cast["norm"]["scale"].dtype == jnp.float32
