@@ -8,7 +8,12 @@ from typing import Any
 from jaxrec import convert, models
 from jaxrec.models.protocol import LanguageModelConfig
 
-EXPERIMENTS = {"huginn": "experiments/huginn", "linear_rnn": "experiments/huginn"}
+EXPERIMENTS = {
+    "huginn": "experiments/huginn",
+    "linear_rnn": "experiments/linear_rnn_lm",
+    "mamba": "experiments/linear_rnn_lm",
+    "recurrentgemma": "experiments/linear_rnn_lm",
+}
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
     "mamba": "tests/golden/test_mamba.py",

@@ -20,7 +20,7 @@ from jaxrec.training.runs import read_run, tokenizer_of
 HELP = """usage: jaxrec train MODEL [options]
 
 MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY; `jaxrec list` shows all.
-Or it is the folder of a run, made by `jaxrec convert`, say, whose parameters the new run begins with.
+Or it is the folder of a run, made by `jaxrec convert`, say, with whose parameters a new one begins.
 Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others.
 --config FILE reads options from YAML or JSON, with the model's fields under "model"."""
 
