@@ -87,7 +87,7 @@ def test_sizes_that_do_not_fit_each_other(capsys, text, tmp_path):
     assert "needs 16 devices and there are 8" in refused(capsys, *start, "--mesh", "data=16")
     assert "Did you mean model?" in refused(capsys, *start, "--mesh", "modle=2")
     assert "do not divide by" in refused(capsys, *start, "--batch", "4", "--mesh", "data=8")
-    assert "mlp" in refused(capsys, *start, "--mesh", "model=8", "--model.mlp-width", "100")
+    assert "mlp" in refused(capsys, *start, "--mesh", "model=2", "--model.mlp-width", "101")
     assert "context 1024" in refused(capsys, *start, "--time", "2048")
     assert "257 tokens, the model 100" in refused(capsys, *start, "--model.vocab-size", "100")
     assert not (tmp_path / "runs").exists()
