@@ -53,7 +53,7 @@ def run(arguments: Arguments) -> int:
             "both ways" if row["conversion"] else "-",
             row["experiment"] or "-",
         )
-    Console(soft_wrap=True).print(table)
+    Console(width=160).print(table)  # a narrow terminal breaks lines; names are never cut
     return 0
 
 

@@ -230,7 +230,9 @@ def test_list_names_every_model(capsys):
     assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
     assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] > 0
     assert main(["list"]) == 0
-    assert "jaxrec.models.huginn:TINY" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "jaxrec.models.huginn:TINY" in shown
+    assert "3,564,976,800" in shown and "…" not in shown
 
 
 def test_help_names_every_command_and_is_quick(capsys):
