@@ -9,6 +9,7 @@ import importlib
 import json
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +53,49 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def at_least(config: Any, least: float, *fields: str) -> None:
+    """Checks fields of a dataclass.
+
+    Raises:
+      ValueError: one of them is smaller; the message names it.
+    """
+    for field in fields:
+        if not getattr(config, field) >= least:  # also refuses NaN
+            raise ValueError(
+                f"{type(config).__name__}: {field} must be >= {least}, got"
+                f" {getattr(config, field)}."
+            )
+
+
+def multiple_of(config: Any, divisor: str, *fields: str) -> None:
+    """Checks that fields of a dataclass are multiples of another field, which must be >= 1.
+
+    Raises:
+      ValueError: one of them is not; the message names it.
+    """
+    at_least(config, 1, divisor)
+    for field in fields:
+        value, by = getattr(config, field), getattr(config, divisor)
+        if value < 1 or value % by:
+            raise ValueError(
+                f"{type(config).__name__}: {field} must be a multiple of {divisor}, got {value}"
+                f" and {by}."
+            )
+
+
+def one_of(config: Any, field: str, known: Sequence[str]) -> None:
+    """Checks a field of a dataclass that holds a name.
+
+    Raises:
+      ValueError: it is not a known one; the message names all.
+    """
+    name = getattr(config, field)
+    if name not in known:
+        raise ValueError(
+            f"{type(config).__name__}: {field} must be one of {', '.join(known)}, got {name!r}."
+        )
 
 
 def load_object(path: str) -> Any:

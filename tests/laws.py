@@ -385,20 +385,28 @@ def mamba() -> Subject:
         vocab_size=VOCAB, width=8, layers=2, inner_width=6, step_rank=2, state_size=3
     )
 
-    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
-        anew = reset.copy()
-        anew[:, 0] = True  # the state before the first token is no state at all
-        return references.mamba(params, x, anew, config), None
+    return language_model("MambaLM", config, references.mamba, bf16=2.0, trained=True)
+
+
+def language_model(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
+    """A language model whose state before the first token is no state at all.
+
+    loop: params, tokens, reset, config -> logits.
+    """
+
+    def begun(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        reset = reset.copy()
+        reset[:, 0] = True
+        return loop(params, x, reset, config), None
 
     return module(
-        "MambaLM",
+        name,
         config.build,
         x=tokens,
-        start=lambda model, b, t: model.init_state(b),
+        start=lambda model, b, t: model.init_state(b, capacity=t),
         call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
-        loop=loop,
-        bf16=2.0,
-        trained=True,
+        loop=begun,
+        **fields,
     )
 
 
@@ -450,21 +458,8 @@ def linear_rnn() -> Subject:
         context=128,
     )
 
-    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
-        anew = reset.copy()
-        anew[:, 0] = True  # the state before the first token is no state at all
-        return references.linear_rnn(params, x, anew, config), None
-
-    return module(
-        "LinearRNN",
-        config.build,
-        x=tokens,
-        start=lambda model, b, t: model.init_state(b),
-        call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
-        loop=loop,
-        gradient_gap=1.2e-6,
-        bf16=4.0,
-        trained=True,
+    return language_model(
+        "LinearRNN", config, references.linear_rnn, gradient_gap=1.2e-6, bf16=4.0, trained=True
     )
 
 
@@ -550,18 +545,10 @@ def recurrentgemma() -> Subject:
         pattern=("recurrent", "attention"),
     )
 
-    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
-        anew = reset.copy()
-        anew[:, 0] = True  # the state before the first token is no state at all
-        return references.recurrentgemma(params, x, anew, config), None
-
-    return module(
+    return language_model(
         "RecurrentGemma",
-        config.build,
-        x=tokens,
-        start=lambda model, b, t: model.init_state(b, capacity=t),
-        call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
-        loop=loop,
+        config,
+        references.recurrentgemma,
         gradient_gap=1.2e-6,
         bf16=11.0,  # three layers, measured 10.1
     )

@@ -176,7 +176,7 @@ def mamba(params, tokens, reset, config, activation=silu):
         block = layer(params["blocks"], i)
         window = np.zeros((batch, config.conv_width - 1, inner), x.dtype)
         h = np.zeros((batch, inner, config.state_size), x.dtype)
-        normed = rms_norm(block["norm"], x, config.norm_epsilon)
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon)
         x = x + mamba_mixer(block["mixer"], normed, window, h, reset, activation)[0]
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T

@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrec.config import from_dict
-from jaxrec.convert import activations
+from jaxrec.convert import activations, fields
 from jaxrec.convert.engine import Rule, System, depthwise, folded, same, transposed
-from jaxrec.errors import UserError, nearest
+from jaxrec.errors import UserError
 from jaxrec.models.mamba import MambaConfig
 
 FIELDS = {
@@ -36,34 +35,21 @@ DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its fil
     "hidden_act": "silu",
 }
 REQUIRED = ("vocab_size", "hidden_size")
-UNUSED = (  # bookkeeping of the file format, and which program runs the same equations
-    "architectures dtype torch_dtype transformers_version use_cache use_mambapy"
-    " use_associative_scan bos_token_id eos_token_id pad_token_id output_hidden_states"
-    " output_attentions return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id"
-    " problem_type model_type intermediate_size d_model d_inner n_layer ssm_cfg fused_add_norm"
-    " rms_norm pad_vocab_size_multiple"
-).split()
+SAID_TWICE = "intermediate_size d_inner d_model n_layer ssm_cfg fused_add_norm rms_norm".split()
+UNUSED = "use_mambapy use_associative_scan pad_vocab_size_multiple".split()
 
 
 def _read_config(data: Mapping[str, Any]) -> MambaConfig:
-    known = [*FIELDS, *DEFAULTS, *UNUSED]
-    for name in data:
-        if name not in known and not name.startswith("_"):
-            raise UserError(f"mamba: unknown field {name} in config.json.{nearest(name, known)}")
-    missing = [name for name in REQUIRED if name not in data]
-    if missing:
-        raise UserError(f"mamba: config.json lacks the field {missing[0]}.")
-    if data.get("model_type", "mamba") != "mamba":
-        raise UserError(f"mamba: model_type must be 'mamba', got {data['model_type']!r}.")
+    known = [*FIELDS, *DEFAULTS, *SAID_TWICE, *UNUSED, "model_type"]
+    fields.check_names("mamba", data, known, REQUIRED)
+    fields.check_values("mamba", data, {"model_type": "mamba"})
     data = DEFAULTS | dict(data)
     ours = {field: data[name] for name, field in FIELDS.items() if name in data}
     sizes = data["expand"], data["hidden_size"]
     if not all(isinstance(size, int | float) and size > 0 for size in sizes):
         raise UserError(f"mamba: expand and hidden_size must be positive numbers, got {sizes}.")
     inner = int(data["expand"] * data["hidden_size"])
-    rank = data["time_step_rank"]
-    ours["step_rank"] = math.ceil(data["hidden_size"] / 16) if rank == "auto" else rank
-    for name, want in {  # older files say some things twice
+    older = {  # as files of the original program say it
         "intermediate_size": inner,
         "d_inner": inner,
         "d_model": data["hidden_size"],
@@ -71,15 +57,13 @@ def _read_config(data: Mapping[str, Any]) -> MambaConfig:
         "ssm_cfg": {},
         "fused_add_norm": True,
         "rms_norm": True,
-    }.items():
-        if data.get(name, want) != want:
-            raise UserError(f"mamba: by the other fields {name} must be {want}, got {data[name]}.")
+    }
+    fields.check_values("mamba", data, older)
+    rank = data["time_step_rank"]
+    ours["step_rank"] = math.ceil(data["hidden_size"] / 16) if rank == "auto" else rank
     ours["inner_width"] = inner
     ours["activation"] = activations.read("mamba", "hidden_act", data["hidden_act"])
-    try:
-        return from_dict(MambaConfig, ours)
-    except (UserError, ValueError) as error:
-        raise UserError(f"mamba: config.json: {error}") from error
+    return fields.build("mamba", MambaConfig, ours)
 
 
 def _write_config(config: MambaConfig) -> dict[str, Any]:
@@ -103,7 +87,7 @@ def _rules(config: MambaConfig) -> list[Rule]:
     rules = [
         same("backbone.embeddings.weight", "embedding/table"),
         same("backbone.norm_f.weight", "norm/scale"),
-        same("backbone.layers.{i}.norm.weight", "blocks/norm/scale"),
+        same("backbone.layers.{i}.norm.weight", "blocks/mixer_norm/scale"),
         transposed(f"{theirs}in_proj.weight", f"{ours}/input/kernel"),
         depthwise(f"{theirs}conv1d.weight", f"{ours}/conv_kernel"),
         transposed(f"{theirs}x_proj.weight", f"{ours}/select/kernel"),

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from jaxrec.layers.axes import merge_leading
+from jaxrec.layers.axes import constrain, merge_leading
 
 
 class Embedding(nnx.Module):
@@ -19,8 +19,10 @@ class Embedding(nnx.Module):
         """Looks up int (b t); returns (b t d)."""
         return self.table[...][tokens]
 
-    def logits(self, x: Array) -> Array:
-        """Scores of every token for x (b t d): (b t vocab), accumulated and returned in float32."""
+    def logits(self, x: Array, *, soft_cap: float | None = None) -> Array:
+        """Scores of every token for x (b t d): (b t vocab), accumulated and returned in float32;
+        with a soft cap, cap * tanh(score / cap).
+        """
         table = self.table[...]
         y = jnp.einsum(
             "...d,vd->...v",
@@ -28,4 +30,6 @@ class Embedding(nnx.Module):
             table,
             preferred_element_type=jnp.float32,
         )
-        return y.reshape(*x.shape[:-1], table.shape[0])
+        if soft_cap is not None:
+            y = soft_cap * jnp.tanh(y / soft_cap)
+        return constrain(y.reshape(*x.shape[:-1], table.shape[0]), "batch", "time", "vocab")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from jaxrec.config import at_least
 from jaxrec.layers.ssm import (
     View,
     check_steps,
@@ -43,9 +44,7 @@ class LSSLConfig:
     dt_max: float = 1e-1
 
     def __post_init__(self) -> None:
-        for field in ("width", "state", "outputs"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"LSSLConfig: {field} must be >= 1, got {getattr(self, field)}.")
+        at_least(self, 1, "width", "state", "outputs")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"LSSLConfig: alpha must lie in [0, 1], got {self.alpha}.")
         check_steps("LSSLConfig", self.dt_min, self.dt_max)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxrec.config import at_least, one_of
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import (
     View,
@@ -46,19 +47,14 @@ class S4DConfig:
     dt_max: float = 1e-1
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"S4DConfig: width must be >= 1, got {self.width}.")
+        at_least(self, 1, "width")
         if self.state < 2 or self.state % 2:
             raise ValueError(
                 f"S4DConfig: a complex state needs conjugate pairs, so state must be even and"
                 f" >= 2, got {self.state}."
             )
-        for field, known in (("init", Init), ("discretization", Discretization)):
-            if getattr(self, field) not in get_args(known):
-                raise ValueError(
-                    f"S4DConfig: {field} must be one of {get_args(known)},"
-                    f" got {getattr(self, field)!r}."
-                )
+        one_of(self, "init", get_args(Init))
+        one_of(self, "discretization", get_args(Discretization))
         check_steps("S4DConfig", self.dt_min, self.dt_max)
 
     def build(self, *, rngs: nnx.Rngs) -> "S4D":

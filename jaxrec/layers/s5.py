@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxrec.config import at_least, one_of
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import check_steps, log_uniform_steps, rescaled_step, start
 from jaxrec.ops import hippo
@@ -47,21 +48,15 @@ class S5Config:
     dt_max: float = 1e-1
 
     def __post_init__(self) -> None:
-        for field in ("width", "state", "blocks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"S5Config: {field} must be >= 1, got {getattr(self, field)}.")
+        at_least(self, 1, "width", "state", "blocks")
         if self.state % self.blocks:
             each = "conjugate pairs" if self.conj_sym else "eigenvalues"
             raise ValueError(
                 f"S5Config: every block holds equally many {each}, so state must be a multiple of"
                 f" blocks, got {self.state} and {self.blocks}."
             )
-        for field, known in (("output_init", OutputInit), ("discretization", Discretization)):
-            if getattr(self, field) not in get_args(known):
-                raise ValueError(
-                    f"S5Config: {field} must be one of {get_args(known)},"
-                    f" got {getattr(self, field)!r}."
-                )
+        one_of(self, "output_init", get_args(OutputInit))
+        one_of(self, "discretization", get_args(Discretization))
         if not 0 < self.step_rescale < float("inf"):
             raise ValueError(f"S5Config: step_rescale must be > 0, got {self.step_rescale}.")
         check_steps("S5Config", self.dt_min, self.dt_max)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxrec.config import at_least
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
@@ -58,19 +59,9 @@ class HuginnConfig:
                 f"HuginnConfig: width must be a multiple of heads with an even quotient,"
                 f" got width {self.width} and heads {self.heads}."
             )
-        for field in (
-            "vocab_size",
-            "mlp_width",
-            "core_layers",
-            "context",
-            "mean_depth",
-            "backprop_depth",
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"HuginnConfig: {field} must be >= 1, got {getattr(self, field)}.")
-        for field in ("prelude_layers", "coda_layers"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"HuginnConfig: {field} must be >= 0, got {getattr(self, field)}.")
+        at_least(self, 1, "vocab_size", "mlp_width", "core_layers", "context")
+        at_least(self, 1, "mean_depth", "backprop_depth")
+        at_least(self, 0, "prelude_layers", "coda_layers")
 
     @property
     def weight_std(self) -> float:
@@ -326,7 +317,7 @@ class Huginn(nnx.Module):
             x, cache = self._run(self.coda, x, view, cache, slot, remat)
             head = self.embedding if self.head is None else self.head
             logits = head.logits(self.norm(x))
-        return constrain(logits, "batch", "time", "vocab"), cache
+        return logits, cache
 
     def _run(
         self,

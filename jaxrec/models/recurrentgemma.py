@@ -11,6 +11,7 @@ Botev et al., RecurrentGemma: moving past transformers (2024), arXiv:2404.07839.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxrec.config import at_least, multiple_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
@@ -26,6 +28,7 @@ from jaxrec.layers.embedding import Embedding
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
+from jaxrec.layers.recurrent_lm import Unlooped
 from jaxrec.layers.residual import ResidualBlock
 from jaxrec.layers.rglru import RecurrentBlock, RecurrentState
 from jaxrec.ops import attention, rotary, segments
@@ -35,7 +38,7 @@ Mixer = Literal["recurrent", "attention"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecurrentGemmaConfig:
+class RecurrentGemmaConfig(Unlooped):
     """Sizes, in channels, layers and tokens."""
 
     vocab_size: int
@@ -58,26 +61,10 @@ class RecurrentGemmaConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("width", "recurrent_width"):
-            if getattr(self, field) % self.heads:
-                raise ValueError(
-                    f"RecurrentGemmaConfig: {field} must be a multiple of heads,"
-                    f" got {getattr(self, field)} and {self.heads}."
-                )
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"RecurrentGemmaConfig: heads must be a multiple of kv_heads,"
-                f" got {self.heads} and {self.kv_heads}."
-            )
-        for field in ("vocab_size", "mlp_width", "layers", "window", "context"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"RecurrentGemmaConfig: {field} must be >= 1, got {getattr(self, field)}."
-                )
-        if self.conv_width < 2:
-            raise ValueError(
-                f"RecurrentGemmaConfig: conv_width must be >= 2, got {self.conv_width}."
-            )
+        at_least(self, 1, "vocab_size", "mlp_width", "layers", "window", "context")
+        at_least(self, 2, "conv_width")
+        multiple_of(self, "heads", "width", "recurrent_width")
+        multiple_of(self, "kv_heads", "heads")
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
             raise ValueError(
                 f"RecurrentGemmaConfig: pattern must be made of {get_args(Mixer)},"
@@ -110,18 +97,9 @@ class RecurrentGemmaConfig:
         """sqrt(width) as a bfloat16 number, which is what the published weights expect."""
         return float(np.asarray(self.width**0.5, jnp.bfloat16))
 
-    @property
-    def mean_depth(self) -> None:
-        """None: nothing is looped."""
-        return None
-
     def build(self, *, rngs: nnx.Rngs) -> "RecurrentGemma":
         """A freshly initialised model."""
         return RecurrentGemma(self, rngs=rngs)
-
-    def sample_depth(self, rng: np.random.Generator) -> None:
-        """None: nothing is looped."""
-        return None
 
     def flops_per_token(self, time: int, depth: None = None, *, training: bool = False) -> float:
         """Multiplications and additions of all matrix products, of attention those within the
@@ -178,7 +156,11 @@ def _block(config: RecurrentGemmaConfig, mixer: Mixer, *, rngs: nnx.Rngs) -> Res
         bias=True,
         rngs=rngs,
     )
-    return ResidualBlock(mixing, mlp, config.width, epsilon=config.norm_epsilon)
+    return ResidualBlock(mixing, mlp, norm=functools.partial(_norm, config))
+
+
+def _norm(config: RecurrentGemmaConfig) -> RMSNorm:
+    return RMSNorm(config.width, epsilon=config.norm_epsilon, unit_offset=True)
 
 
 class Stretch(NamedTuple):
@@ -255,7 +237,7 @@ class RecurrentGemma(nnx.Module):
             else None
         )
         self.tail = Group(config, config.pattern[:cut], rngs=rngs) if cut else None
-        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, unit_offset=True)
+        self.norm = _norm(config)
         self.head = (
             None
             if config.tie_embeddings
@@ -320,11 +302,8 @@ class RecurrentGemma(nnx.Module):
         x, after = self.run(tokens, state, segment_ids=segment_ids, remat=remat)
         with jax.named_scope("head"):
             head = self.embedding if self.head is None else self.head
-            logits = head.logits(self.norm(x))
-            cap = self.config.logits_soft_cap
-            if cap is not None:
-                logits = cap * jnp.tanh(logits / cap)
-        return constrain(logits, "batch", "time", "vocab"), after
+            logits = head.logits(self.norm(x), soft_cap=self.config.logits_soft_cap)
+        return logits, after
 
     def embed(self, tokens: Array) -> Array:
         """Tokens (b t) to the stream (b t d)."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxrec.config import at_least, multiple_of, one_of
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.lssl import LSSL, LSSLConfig
@@ -38,11 +39,7 @@ class RGLRUConfig:
     heads: int = 1  # blocks of the gates' matrices
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(
-                f"RGLRUConfig: width must be a multiple of heads, got {self.width} and"
-                f" {self.heads}."
-            )
+        multiple_of(self, "heads", "width")
 
     def build(self, *, rngs: nnx.Rngs) -> RGLRU:
         """A freshly initialised layer."""
@@ -63,16 +60,8 @@ class SequenceClassifierConfig:
     norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in ("inputs", "classes", "layers"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"SequenceClassifierConfig: {field} must be >= 1, got {getattr(self, field)}."
-                )
-        if self.activation not in get_args(Activation):
-            raise ValueError(
-                f"SequenceClassifierConfig: activation must be one of {get_args(Activation)},"
-                f" got {self.activation!r}."
-            )
+        at_least(self, 1, "inputs", "classes", "layers")
+        one_of(self, "activation", get_args(Activation))
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"SequenceClassifierConfig: dropout must lie in [0, 1), got {self.dropout}."

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.lssl import LSSLConfig
-from jaxrec.testing import assert_close
 
 
 def build(**options):
@@ -20,37 +19,6 @@ def signal(time=9):
 
 
 run = jax.jit(lambda layer, x, **kwargs: layer(x, **kwargs), static_argnames="method")
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_both_views_agree_and_so_do_their_gradients(alpha):
-    layer = build(alpha=alpha, train_transition=True, train_step=True)
-
-    @jax.jit
-    def gradients(layer):
-        return [
-            jax.grad(lambda layer, m=m: jnp.sum(jnp.sin(layer(signal(), method=m)[0])))(layer)
-            for m in ("conv", "scan")
-        ]
-
-    convolved, scanned = (run(layer, signal(), method=m) for m in ("conv", "scan"))
-    assert convolved[0].shape == (2, 9, 3, 2)
-    for left, right in zip(convolved, scanned, strict=True):
-        assert_close(left, right, rtol=5e-6)
-    for left, right in zip(*map(jax.tree.leaves, gradients(layer)), strict=True):
-        assert np.any(right)
-        assert_close(left, right, rtol=2e-5)
-
-
-def test_what_was_convolved_can_be_continued_step_by_step():
-    layer, x = build(), signal()
-    whole, _ = run(layer, x)
-    y, state = run(layer, x[:, :6], method="conv")
-    outputs = [y]
-    for t in range(6, 9):
-        y, state = run(layer, x[:, t : t + 1], state=state)
-        outputs.append(y)
-    assert_close(np.concatenate(outputs, axis=1), whole, rtol=5e-6)
 
 
 @pytest.mark.parametrize("transition", [False, True])

@@ -14,6 +14,7 @@ from jaxrec.models.huginn import HUGINN_3_5B, TINY, HuginnConfig
 from jaxrec.ops import attention
 from tests.laws import equations
 from tests.models import toy
+from tests.models.toy import run
 
 SMALLEST = HuginnConfig(
     vocab_size=13,
@@ -35,11 +36,6 @@ LATENT = np.random.default_rng(1).normal(size=(2, 9, 16)).astype(np.float32)
 @pytest.fixture(scope="module")
 def model():
     return toy.drawn(SMALLEST)
-
-
-@functools.partial(jax.jit, static_argnames="remat")
-def run(model, tokens, state=None, *, remat="none", **options):
-    return model(tokens, state, remat=remat, **options)
 
 
 # Size and start

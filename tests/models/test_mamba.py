@@ -1,7 +1,6 @@
 """The Mamba language model: its size, start, packing, state and training."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from flax import nnx
 from jaxrec.models import mamba
 from jaxrec.models.mamba import MambaConfig
 from tests import references
-from tests.laws import equations
 from tests.models import toy
+from tests.models.toy import run
 
 SMALLEST = MambaConfig(
     vocab_size=13, width=16, layers=2, inner_width=24, step_rank=3, state_size=4, context=32
@@ -27,11 +26,6 @@ def model():
     return toy.drawn(SMALLEST)
 
 
-@functools.partial(jax.jit, static_argnames="remat")
-def run(model, tokens, state=None, *, remat="none", **options):
-    return model(tokens, state, remat=remat, **options)
-
-
 @pytest.mark.parametrize(
     "name, parameters",
     [
@@ -43,19 +37,14 @@ def run(model, tokens, state=None, *, remat="none", **options):
     ],
 )
 def test_published_numbers_of_parameters(name, parameters):
-    assert count(getattr(mamba, name)) == parameters
-
-
-def count(config):
-    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1]))
+    assert toy.parameters(getattr(mamba, name)) == parameters
 
 
 def test_number_of_parameters_with_every_option():
     config = dataclasses.replace(SMALLEST, bias=True, conv_bias=False, tie_embeddings=False)
     d, e, n, r = 16, 24, 4, 3
     mixer = 2 * d * e + 2 * e + 4 * e + e * (r + 2 * n) + r * e + e + e * n + e + e * d + d
-    assert count(config) == 2 * 13 * d + d + 2 * (d + mixer)
+    assert toy.parameters(config) == 2 * 13 * d + d + 2 * (d + mixer)
 
 
 def test_initialisation():
@@ -87,41 +76,6 @@ def test_every_option_equals_the_loop():
     np.testing.assert_allclose(run(model, TOKENS)[0], want, atol=TOLERANCE)
 
 
-def test_packed_documents_equal_separate_ones(model):
-    packed = np.concatenate([TOKENS[:1, :5], TOKENS[1:, :4]], axis=1)
-    logits, _ = run(model, packed, segment_ids=np.array([[1] * 5 + [2] * 4], np.int32))
-    for row, begin, end in ((0, 0, 5), (1, 5, 9)):
-        alone, _ = run(model, TOKENS[row : row + 1, : end - begin])
-        np.testing.assert_allclose(logits[:, begin:end], alone, atol=TOLERANCE)
-
-
-def test_decoding_token_by_token_equals_the_full_pass(model):
-    whole, _ = run(model, TOKENS)
-    state, parts = model.init_state(2, capacity=1), []
-    for t in range(9):
-        new, state = run(model, TOKENS[:, t : t + 1], state)
-        parts.append(new)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=TOLERANCE)
-
-
-def test_left_padded_prompts_equal_unpadded_ones(model):
-    ids = np.ones((2, 8), np.int32)
-    ids[0, :4] = 0
-    logits, state = run(model, TOKENS[:, :8], model.init_state(2), segment_ids=ids)
-    last, _ = run(model, TOKENS[:, 8:], state)
-    alone, _ = run(model, TOKENS[:1, 4:])
-    np.testing.assert_allclose(logits[:1, 4:], alone[:, :4], atol=TOLERANCE)
-    np.testing.assert_allclose(last[:1], alone[:, 4:], atol=TOLERANCE)
-    np.testing.assert_allclose(last[1:], run(model, TOKENS)[0][1:, 8:], atol=TOLERANCE)
-
-
-def test_the_state_does_not_grow_with_the_tokens_seen(model):
-    start = model.init_state(2, capacity=1000)
-    _, state = jax.eval_shape(lambda model, tokens: model(tokens), model, TOKENS)
-    assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, state)
-    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
-
-
 @pytest.mark.parametrize("wide", [True, False])
 def test_bfloat16_weights_keep_a_float32_state(wide):
     config = dataclasses.replace(SMALLEST, residual_in_float32=wide)
@@ -134,38 +88,13 @@ def test_bfloat16_weights_keep_a_float32_state(wide):
     np.testing.assert_allclose(logits, want, atol=1.5 * 2.0**-7 * np.max(np.abs(want)))
 
 
-def test_remat_changes_no_gradient(model):
-    @functools.partial(jax.jit, static_argnames="remat")
-    def gradient(model, remat):
-        return jax.grad(lambda model: jnp.mean(model(TOKENS, remat=remat)[0] ** 2))(model)
-
-    want = jax.tree.leaves(gradient(model, "none"))
-    for remat in ("block", "sqrt"):
-        for left, right in zip(jax.tree.leaves(gradient(model, remat)), want, strict=True):
-            np.testing.assert_allclose(left, right, atol=1e-5 * np.max(np.abs(right)))
-
-
-def test_the_trace_does_not_grow_with_layers():
-    def trace(layers):
-        config = dataclasses.replace(SMALLEST, layers=layers)
-        model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-        return equations(jax.make_jaxpr(lambda model: model(TOKENS)[0])(model).jaxpr)
-
-    assert trace(2) == trace(8)
-
-
-def test_twenty_steps_lower_the_loss():
-    losses = toy.losses(toy.initialised(SMALLEST), toy.counting(13))
-    assert np.mean(losses[-3:]) < 0.8 * losses[0]
-
-
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"layers": 0}, "layers must be >= 1, got 0"),
         ({"conv_width": 1}, "conv_width must be >= 2, got 1"),
         ({"step_min": 1.0}, "needs 0 < step_min <= step_max, got 1.0 and 0.1"),
-        ({"step_init": "zero"}, "step_init must be random or constant, got 'zero'"),
+        ({"step_init": "zero"}, "step_init must be one of random, constant, got 'zero'"),
         ({"activation": "swish"}, "there is no 'swish'"),
     ],
 )

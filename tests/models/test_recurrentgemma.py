@@ -1,17 +1,15 @@
 """RecurrentGemma: its size, pattern, packing, state past the window, and training."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxrec.models.recurrentgemma import RECURRENTGEMMA_2B, RecurrentGemmaConfig
-from tests.laws import equations
 from tests.models import toy
+from tests.models.toy import run
 
 SMALLEST = RecurrentGemmaConfig(
     vocab_size=13,
@@ -33,15 +31,9 @@ def model():
     return toy.drawn(SMALLEST)
 
 
-@functools.partial(jax.jit, static_argnames="remat")
-def run(model, tokens, state=None, *, remat="none", **options):
-    return model(tokens, state, remat=remat, **options)
-
-
 def test_published_number_of_parameters():
     """26 layers, of which 8 are attention: 2560 x (2 x 2560 + 2 x 256) + 2560 each."""
-    model = nnx.eval_shape(lambda: RECURRENTGEMMA_2B.build(rngs=nnx.Rngs(0)))
-    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1]))
+    total = toy.parameters(RECURRENTGEMMA_2B)
     assert total == 2_682_862_080
     d, f = 2560, 7680
     mlp = 3 * d * f + 2 * f + d
@@ -94,53 +86,9 @@ def test_the_state_is_bounded_by_the_window(model):
     assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, state)
 
 
-def test_packed_documents_equal_separate_ones(model):
-    packed = np.concatenate([TOKENS[:1, :5], TOKENS[1:, :6]], axis=1)
-    logits, _ = run(model, packed, segment_ids=np.array([[1] * 5 + [2] * 6], np.int32))
-    for row, begin, end in ((0, 0, 5), (1, 5, 11)):
-        alone, _ = run(model, TOKENS[row : row + 1, : end - begin])
-        np.testing.assert_allclose(logits[:, begin:end], alone, atol=TOLERANCE)
-
-
-def test_left_padded_prompts_equal_unpadded_ones(model):
-    ids = np.ones((2, 10), np.int32)
-    ids[0, :4] = 0
-    state = model.init_state(2, capacity=11)
-    logits, state = run(model, TOKENS[:, :10], state, segment_ids=ids)
-    last, _ = run(model, TOKENS[:, 10:], state)
-    alone, _ = run(model, TOKENS[:1, 4:])
-    np.testing.assert_allclose(logits[:1, 4:], alone[:, :6], atol=TOLERANCE)
-    np.testing.assert_allclose(last[:1], alone[:, 6:], atol=TOLERANCE)
-    np.testing.assert_allclose(last[1:], run(model, TOKENS)[0][1:, 10:], atol=TOLERANCE)
-
-
 def test_the_embedding_is_scaled_by_a_bfloat16_number(model):
     assert RECURRENTGEMMA_2B.embedding_scale == 50.5  # sqrt(2560) = 50.596
     np.testing.assert_array_equal(model.embed(TOKENS), 4 * model.embedding(TOKENS))
-
-
-def test_remat_changes_no_gradient(model):
-    @functools.partial(jax.jit, static_argnames="remat")
-    def gradient(model, remat):
-        return jax.grad(lambda model: jnp.mean(model(TOKENS, remat=remat)[0] ** 2))(model)
-
-    want = jax.tree.leaves(gradient(model, "none"))
-    for left, right in zip(jax.tree.leaves(gradient(model, "block")), want, strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-5 * np.max(np.abs(right)))
-
-
-def test_the_trace_does_not_grow_with_patterns():
-    def trace(layers):
-        config = dataclasses.replace(SMALLEST, layers=layers)
-        model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-        return equations(jax.make_jaxpr(lambda model: model(TOKENS)[0])(model).jaxpr)
-
-    assert trace(3) == trace(9)
-
-
-def test_twenty_steps_lower_the_loss():
-    losses = toy.losses(toy.initialised(SMALLEST), toy.counting(13))
-    assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What the tests of all models share: drawn parameters, toy data and a few steps of training."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -21,6 +23,18 @@ def drawn(config):
 
     drawn = jax.tree_util.tree_map_with_path(parameter, nnx.to_pure_dict(state))
     return nnx.merge(graph, jax.device_put(drawn))
+
+
+def parameters(config) -> int:
+    """How many numbers the model of a configuration has; none is allocated."""
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1]))
+
+
+@functools.partial(jax.jit, static_argnames="remat")
+def run(model, tokens, state=None, *, remat="none", **options):
+    """A compiled call of a model without a loop; one compilation per shape."""
+    return model(tokens, state, remat=remat, **options)
 
 
 def initialised(config):
