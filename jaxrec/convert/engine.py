@@ -147,7 +147,7 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     Args:
       model: a model of a system that has a table.
       directory: made if missing; existing files in it are an error.
-      system: the table; found from the model if None.
+      system: the table; None: that of the file in which the model's configuration is defined.
 
     Raises:
       UserError: no table fits the model, or the directory holds a checkpoint already.
@@ -155,7 +155,8 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    table, folder = find(system or type(model).__module__.rpartition(".")[2]), Path(directory)
+    table = find(system or type(model.config).__module__.rpartition(".")[2])
+    folder = Path(directory)
     there = [*folder.glob("*.safetensors*"), *folder.glob("config.json")]
     if there:
         raise UserError(f"{there[0]} exists; choose another directory or remove it first.")

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrec.config import from_dict
+from jaxrec.convert import fields
 from jaxrec.convert.engine import Rule, Shape, System, same, transposed
-from jaxrec.errors import UserError, nearest
+from jaxrec.errors import UserError
 from jaxrec.models.huginn import HuginnConfig
 
 FIELDS = {
@@ -34,46 +34,26 @@ FIXED = {  # architectures that the original code knows and this model is not
     "injection_type": "linear",
     "model_type": "huginn_raven",
 }
-DERIVED = (
-    "n_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "padded_vocab_size",
-)
-UNUSED = (  # bookkeeping of the file format, and how the weights were trained
-    "architectures auto_map dtype torch_dtype transformers_version use_cache tie_word_embeddings"
-    " bos_token_id eos_token_id pad_token_id architecture_class_name init_strategy"
-    " init_orthogonal init_values state_init sampling_scheme activation_checkpoint_impl"
-    " effective_expected_depth test_time_noise"
-    " test_time_noise_type"
+LATENT = {"state_init": "like-init", "test_time_noise": 0}
+"""How the latent state begins and moves in generation, where a file says it."""
+UNUSED = (  # how the weights began and were trained
+    "n_layers head_dim padded_vocab_size tie_word_embeddings architecture_class_name init_strategy"
+    " init_orthogonal init_values sampling_scheme activation_checkpoint_impl"
+    " effective_expected_depth test_time_noise_type"
 ).split()
 
 
 def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
-    known = [*FIELDS, *FIXED, *DERIVED, *UNUSED, "vocab_size", "padding_multiple"]
-    for name, value in data.items():
-        if name not in known and not name.startswith("_"):
-            raise UserError(f"huginn: unknown field {name} in config.json.{nearest(name, known)}")
-        if name in FIXED and value != FIXED[name]:
-            raise UserError(f"huginn: {name} must be {FIXED[name]!r}, got {value!r}.")
-    missing = [name for name in (*FIELDS, "vocab_size") if name not in data]
-    if missing:
-        raise UserError(f"huginn: config.json lacks the field {missing[0]}.")
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if data.get(name, data["n_heads"]) != data["n_heads"]:
-            raise UserError(
-                f"huginn: {name} must equal n_heads {data['n_heads']}, got {data[name]}."
-            )
+    heads = {name: data.get("n_heads") for name in ("num_attention_heads", "num_key_value_heads")}
+    known = [*FIXED, *LATENT, *heads, *UNUSED, "padding_multiple"]
+    fields.check_names("huginn", data, known, [*FIELDS, "vocab_size"])
+    fields.check_values("huginn", data, FIXED | LATENT | heads)
     sizes = data["vocab_size"], data.get("padding_multiple", 1)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise UserError(f"huginn: vocab_size and padding_multiple must be counts, got {sizes}.")
     vocab_size = -(-sizes[0] // sizes[1]) * sizes[1]
     ours = {field: data[name] for name, field in FIELDS.items()}
-    try:
-        return from_dict(HuginnConfig, {"vocab_size": vocab_size, **ours})
-    except UserError as error:
-        raise UserError(f"huginn: config.json: {error}") from error
+    return fields.build("huginn", HuginnConfig, {"vocab_size": vocab_size, **ours})
 
 
 def _write_config(config: HuginnConfig) -> dict[str, Any]:

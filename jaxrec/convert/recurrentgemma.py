@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrec.config import from_dict
-from jaxrec.convert import activations
+from jaxrec.convert import activations, fields
 from jaxrec.convert.engine import Rule, System, depthwise, folded, joined, same, transposed
-from jaxrec.errors import UserError, nearest
+from jaxrec.errors import UserError
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 
 FIELDS = {
@@ -40,37 +39,25 @@ REQUIRED = (
     "num_attention_heads",
 )
 CHECKED = ("model_type", "head_dim", "rope_theta", "partial_rotary_factor", "rope_scaling")
-UNUSED = (  # bookkeeping of the file format, and how weights began or were trained
-    "architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id"
-    " pad_token_id output_hidden_states output_attentions return_dict chunk_size_feed_forward"
-    " is_encoder_decoder id2label label2id problem_type w_init_variance_scale"
-    " final_w_init_variance_scale attention_dropout embeddings_scale_by_sqrt_dim"
+UNUSED = (  # how weights began or were trained
+    "w_init_variance_scale final_w_init_variance_scale attention_dropout"
+    " embeddings_scale_by_sqrt_dim"
 ).split()
 CONTEXT = 8192  # of the published models; the file does not say
 
 
 def _read_config(data: Mapping[str, Any]) -> RecurrentGemmaConfig:
-    known = [*FIELDS, *DEFAULTS, *REQUIRED, *CHECKED, *UNUSED]
-    for name in data:
-        if name not in known and not name.startswith("_"):
-            raise UserError(
-                f"recurrentgemma: unknown field {name} in config.json.{nearest(name, known)}"
-            )
-    missing = [name for name in REQUIRED if name not in data]
-    if missing:
-        raise UserError(f"recurrentgemma: config.json lacks the field {missing[0]}.")
+    known = [*FIELDS, *DEFAULTS, *CHECKED, *UNUSED]
+    fields.check_names("recurrentgemma", data, known, REQUIRED)
     data = DEFAULTS | dict(data)
-    for name in REQUIRED:
-        if not isinstance(data[name], int) or data[name] < 1:
-            raise UserError(f"recurrentgemma: {name} must be a count, got {data[name]!r}.")
-    for name, want in (
-        ("model_type", "recurrent_gemma"),
-        ("head_dim", data["hidden_size"] // data["num_attention_heads"]),
-        ("rope_scaling", None),
-        ("embeddings_scale_by_sqrt_dim", True),
-    ):
-        if data.get(name, want) != want:
-            raise UserError(f"recurrentgemma: {name} must be {want!r}, got {data[name]!r}.")
+    fields.check_counts("recurrentgemma", data, *REQUIRED)
+    wanted = {
+        "model_type": "recurrent_gemma",
+        "head_dim": data["hidden_size"] // data["num_attention_heads"],
+        "rope_scaling": None,
+        "embeddings_scale_by_sqrt_dim": True,
+    }
+    fields.check_values("recurrentgemma", data, wanted)
     if data["intermediate_size"] % 2:
         raise UserError(
             "recurrentgemma: intermediate_size counts both branches of the MLP and must be even,"
@@ -85,10 +72,7 @@ def _read_config(data: Mapping[str, Any]) -> RecurrentGemmaConfig:
         "recurrentgemma", "hidden_activation", data["hidden_activation"]
     )
     ours["context"] = CONTEXT
-    try:
-        return from_dict(RecurrentGemmaConfig, ours)
-    except UserError as error:
-        raise UserError(f"recurrentgemma: config.json: {error}") from error
+    return fields.build("recurrentgemma", RecurrentGemmaConfig, ours)
 
 
 def _read_rotation(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrec.config import from_dict
+from jaxrec.convert import fields
 from jaxrec.convert.engine import Rule, System, same
-from jaxrec.errors import UserError, nearest
 from jaxrec.layers.s5 import S5Config
 
 FIELDS = {
@@ -29,20 +28,9 @@ PARTS = ("real", "imag")
 
 
 def _read_config(data: Mapping[str, Any]) -> S5Config:
-    known = [*FIELDS, *OPTIONAL, *UNUSED]
-    unknown = [name for name in data if name not in known]
-    if unknown:
-        raise UserError(
-            f"s5: unknown field {unknown[0]} in config.json.{nearest(unknown[0], known)}"
-        )
-    missing = [name for name in FIELDS if name not in data]
-    if missing:
-        raise UserError(f"s5: config.json lacks the field {missing[0]}.")
+    fields.check_names("s5", data, [*OPTIONAL, *UNUSED], FIELDS)
     ours = {field: data[name] for name, field in (FIELDS | OPTIONAL).items() if name in data}
-    try:
-        return from_dict(S5Config, ours)
-    except ValueError as error:
-        raise UserError(f"s5: config.json: {error}") from error
+    return fields.build("s5", S5Config, ours)
 
 
 def _write_config(config: S5Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxrec.convert import engine
 from jaxrec.errors import UserError
 from jaxrec.models import linear_rnn
 from jaxrec.models.huginn import HuginnConfig
+from tests.convert.folders import assert_loads_as, change
 
 CONFIG = HuginnConfig(
     vocab_size=7,
@@ -67,9 +68,7 @@ def assert_same(left, right):
 
 
 def test_a_model_round_trips(model, folder):
-    again = convert.load("huginn", folder)
-    assert again.config == CONFIG
-    assert_same(again, model)
+    assert_loads_as("huginn", folder, model)
 
 
 def test_layers_are_transposed_and_stacked(model, folder):
@@ -256,30 +255,28 @@ def test_misshapen_tensors_are_named(folder, name, change, message):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "fields, message",
     [
         ({"n_embed": 8}, r"unknown field n_embed in config\.json\. Did you mean n_embd\?"),
         ({"n_embd": None}, r"lacks the field n_embd"),
         ({"nonlin_name": "ReLU"}, r"nonlin_name must be 'SiLU', got 'ReLU'"),
-        ({"num_key_value_heads": 1}, r"num_key_value_heads must equal n_heads 2, got 1"),
-        ({"n_heads": 3}, r"num_attention_heads must equal n_heads 3, got 2"),
+        ({"state_init": "zero"}, r"state_init must be 'like-init', got 'zero'"),
+        ({"test_time_noise": 0.1}, r"test_time_noise must be 0, got 0\.1"),
+        ({"num_key_value_heads": 1}, r"num_key_value_heads must be 2, got 1"),
+        ({"n_heads": 3}, r"num_attention_heads must be 3, got 2"),
         ({"mean_recurrence": 0}, r"config\.json: .*mean_depth must be >= 1, got 0"),
         ({"tie_embeddings": True}, r"no place for lm_head\.weight"),
         ({"n_layers_in_coda": 2}, r"transformer\.coda\.\{i\}"),
     ],
 )
-def test_configurations_that_do_not_fit_are_named(folder, change, message):
-    data = json.loads((folder / "config.json").read_text()) | change
-    data = {name: value for name, value in data.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(data))
+def test_configurations_that_do_not_fit_are_named(folder, fields, message):
+    change(folder, **fields)
     with pytest.raises(UserError, match=message):
         convert.load("huginn", folder)
 
 
 def test_the_vocabulary_may_be_padded_and_private_fields_passed_over(model, folder):
-    data = json.loads((folder / "config.json").read_text())
-    data |= {"vocab_size": 5, "padding_multiple": 7, "_note": "anything"}
-    (folder / "config.json").write_text(json.dumps(data))
+    change(folder, vocab_size=5, padding_multiple=7, _note="anything")
     assert_same(convert.load("huginn", folder), model)
 
 

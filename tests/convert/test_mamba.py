@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrec import convert
 from jaxrec.errors import UserError
 from jaxrec.models.mamba import MambaConfig
+from tests.convert.folders import assert_loads_as, change
 from tests.models import toy
 
 CONFIG = MambaConfig(
@@ -37,18 +37,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def change(folder, **fields):
-    """Changes fields of config.json; None takes one out."""
-    file = folder / "config.json"
-    data = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
-
-
 def test_every_option_round_trips(folder):
-    again = convert.load("mamba", folder)
-    assert again.config == CONFIG
-    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(toy.drawn(CONFIG)), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_loads_as("mamba", folder, toy.drawn(CONFIG))
 
 
 def test_the_first_tap_of_the_file_is_the_oldest_input(folder):

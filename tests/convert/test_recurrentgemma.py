@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrec import convert
 from jaxrec.errors import UserError
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from tests.convert.folders import assert_loads_as, change
 from tests.models import toy
 
 CONFIG = RecurrentGemmaConfig(
@@ -38,22 +39,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def change(folder, **fields):
-    """Changes fields of config.json; None takes one out."""
-    file = folder / "config.json"
-    data = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
-
-
-def assert_loads_as_drawn(folder):
-    again, model = convert.load("recurrentgemma", folder), toy.drawn(CONFIG)
-    assert again.config == CONFIG
-    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
-        np.testing.assert_array_equal(left, right)
-
-
 def test_every_option_round_trips(folder):
-    assert_loads_as_drawn(folder)
+    assert_loads_as("recurrentgemma", folder, toy.drawn(CONFIG))
 
 
 def test_layers_go_to_their_place_in_the_pattern(folder):
@@ -89,7 +76,7 @@ def shard(folder):
 
 def test_shards_are_joined_and_a_missing_one_is_named(folder):
     files = shard(folder)
-    assert_loads_as_drawn(folder)
+    assert_loads_as("recurrentgemma", folder, toy.drawn(CONFIG))
     (folder / files[1]).unlink()
     with pytest.raises(UserError, match=rf"Cannot read .*{files[1]}"):
         convert.load("recurrentgemma", folder)

@@ -6,10 +6,14 @@ import os
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrec import convert
+from jaxrec.convert import engine
 from jaxrec.testing import assert_close
+from tests.convert.folders import assert_loads_as
 
 OWN_COPY = Path(__file__).parent / "data"
 LARGEST_RELATIVE_ERROR = 1e-4
@@ -81,6 +85,49 @@ class Case:
         """Fails when an array was not looked at, unless its name begins with one of `left`."""
         missed = [n for n in self.arrays if n not in self.looked_at and not n.startswith(left)]
         assert not missed, f"{self.folder.name}: nobody looked at {missed}"
+
+
+def check_logits_and_gradients(case: Case, model, tokens) -> None:
+    """The logits of a language model, and the gradient of their sum weighted by cot_logits."""
+    cotangent = jnp.asarray(case["cot_logits"])
+
+    @jax.jit
+    def both(model):
+        def loss(model):
+            logits = model(tokens)[0]
+            return jnp.sum(logits * cotangent), logits
+
+        return jax.grad(loss, has_aux=True)(model)
+
+    gradient, logits = both(model)
+    case.check("logits", logits)
+    tensors = engine.to_tensors(engine.find(case.system), model, gradient)
+    for name in case.names("grad_"):
+        case.check(name, tensors[name.removeprefix("grad_").replace("__", ".")])
+
+
+def step_by_step(model, tokens, prefill: int = 1):
+    """Logits (b t-prefill+1 vocab) of a language model after `prefill` tokens and each one more."""
+    run = jax.jit(lambda model, tokens, state: model(tokens, state))
+    state = model.init_state(tokens.shape[0], capacity=tokens.shape[1])
+    new, state = run(model, tokens[:, :prefill], state)
+    logits = [new[:, -1]]
+    for t in range(prefill, tokens.shape[1]):
+        new, state = run(model, tokens[:, t : t + 1], state)
+        logits.append(new[:, 0])
+    return np.stack(logits, axis=1)
+
+
+def check_round_trip(case: Case, model, folder: Path) -> None:
+    """What is exported loads as the same model, and holds the tensors that the case came with."""
+    convert.export(model, folder, case.system)
+    assert_loads_as(case.system, folder, model)
+    tensors, exported = engine.read_tensors(case.folder), engine.read_tensors(folder)
+    system = engine.find(case.system)
+    left_out = {*system.repeated(model.config), *system.ignored}
+    assert exported.keys() == tensors.keys() - left_out
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
 
 
 def _stated_gap(readme: str) -> float | None:

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec import convert, generation
+from jaxrec import generation
 from jaxrec.convert.engine import find, to_tensors
 from jaxrec.ops import attention
 from jaxrec.training.losses import cross_entropy
-from tests.golden.harness import Case, cases
+from tests.golden.harness import cases, check_round_trip
 
 LEFT_TO_RECURRENT_DEPTH_INFERENCE = (
     "strategy:",  # cache strategies for tokens of unequal depth
@@ -23,14 +23,7 @@ LEFT_TO_RECURRENT_DEPTH_INFERENCE = (
 )
 
 
-@pytest.fixture(params=cases("huginn"), ids=lambda folder: folder.name, scope="module")
-def case(request):
-    return Case(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(case):
-    return case.load_model()
+FOLDERS = cases("huginn")
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +128,7 @@ def test_greedy_tokens(case, model):
 
 
 def test_the_table_round_trips(case, model, tmp_path):
-    convert.export(model, tmp_path)
-    again = convert.load(case.system, tmp_path)
-    assert again.config == model.config
-    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
-        np.testing.assert_array_equal(left, right)
-    tensors = convert.engine.read_tensors(case.folder)
-    exported = convert.engine.read_tensors(tmp_path)
-    assert exported.keys() == tensors.keys() - set(find(case.system).ignored)
-    for name, value in exported.items():
-        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+    check_round_trip(case, model, tmp_path)
 
 
 def test_every_array_was_looked_at(case):

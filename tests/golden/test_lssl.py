@@ -16,12 +16,9 @@ from flax import nnx
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.ops import hippo
 from jaxrec.ops.time import krylov
-from tests.golden.harness import Case, cases
+from tests.golden.harness import cases
 
-
-@pytest.fixture(params=cases("lssl"), ids=lambda folder: folder.name, scope="module")
-def case(request):
-    return Case(request.param)
+FOLDERS = cases("lssl")
 
 
 @pytest.fixture(scope="module")

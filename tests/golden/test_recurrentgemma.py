@@ -6,45 +6,36 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec import convert
-from jaxrec.convert.engine import find, read_tensors, to_tensors
+from jaxrec.convert.engine import read_tensors
 from jaxrec.layers.rglru import RGLRU
 from jaxrec.ops import attention, rotary
-from tests.golden.harness import Case, cases
-
-FOLDERS = {"lm": [], "unit": []}
-for _folder in cases("recurrentgemma"):  # a language model has token ids, the unit alone has not
-    with np.load(_folder / "cases.npz") as _arrays:
-        FOLDERS["lm" if "input_ids" in _arrays else "unit"].append(_folder)
-
-
-@pytest.fixture(params=FOLDERS["lm"], ids=lambda folder: folder.name, scope="module")
-def case(request):
-    return Case(request.param)
+from tests.golden.harness import (
+    Case,
+    cases,
+    check_logits_and_gradients,
+    check_round_trip,
+    step_by_step,
+)
 
 
-@pytest.fixture(scope="module")
-def model(case):
-    return case.load_model()
+def is_language_model(folder):
+    """Such a case has token ids; the unit alone has not."""
+    with np.load(folder / "cases.npz") as arrays:
+        return "input_ids" in arrays
 
 
-@pytest.fixture(scope="module")
-def tokens(case):
-    return jnp.asarray(case["input_ids"], jnp.int32)
+FOUND = cases("recurrentgemma")
+FOLDERS = [folder for folder in FOUND if is_language_model(folder)]
+UNITS = [folder for folder in FOUND if folder not in FOLDERS]
 
 
-def test_logits(case, model, tokens):
-    case.check("logits", jax.jit(lambda model, tokens: model(tokens)[0])(model, tokens))
+def test_logits_and_gradients(case, model, tokens):
+    check_logits_and_gradients(case, model, tokens)
 
 
 def test_step_by_step(case, model, tokens):
     """The ring of keys and the states give the logits of the whole pass, past the window too."""
-    step = jax.jit(lambda model, token, state: model(token, state))
-    state, logits = model.init_state(tokens.shape[0]), []
-    for t in range(tokens.shape[1]):
-        new, state = step(model, tokens[:, t : t + 1], state)
-        logits.append(new[:, 0])
-    case.check("logits", np.stack(logits, axis=1))
+    case.check("logits", step_by_step(model, tokens))
 
 
 def test_hidden_states(case, model, tokens):
@@ -53,25 +44,8 @@ def test_hidden_states(case, model, tokens):
             case.check(f"hidden_{i}", stream)
 
 
-def test_gradients(case, model, tokens):
-    cotangent = jnp.asarray(case["cot_logits"])
-    gradient = jax.jit(jax.grad(lambda model: jnp.sum(model(tokens)[0] * cotangent)))(model)
-    tensors = to_tensors(find(case.system), model, gradient)
-    for name in case.names("grad_"):
-        case.check(name, tensors[name.removeprefix("grad_").replace("__", ".")])
-
-
 def test_the_table_round_trips(case, model, tmp_path):
-    convert.export(model, tmp_path)
-    again = convert.load(case.system, tmp_path)
-    assert again.config == model.config
-    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
-        np.testing.assert_array_equal(left, right)
-    tensors, exported = read_tensors(case.folder), read_tensors(tmp_path)
-    repeated = find(case.system).repeated(model.config).keys()
-    assert exported.keys() == tensors.keys() - repeated
-    for name, value in exported.items():
-        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+    check_round_trip(case, model, tmp_path)
 
 
 def test_every_array_was_looked_at(case):
@@ -100,7 +74,7 @@ def streams(model, tokens):
     return [*found[:-1], model.norm(found[-1])]
 
 
-@pytest.fixture(params=FOLDERS["unit"], ids=lambda folder: folder.name, scope="module")
+@pytest.fixture(params=UNITS, ids=lambda folder: folder.name, scope="module")
 def unit_case(request):
     return Case(request.param)
 

@@ -11,12 +11,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.s4d import S4DConfig, initial_eigenvalues
-from tests.golden.harness import Case, cases
+from tests.golden.harness import cases
 
-
-@pytest.fixture(params=cases("s4d"), ids=lambda folder: folder.name, scope="module")
-def case(request):
-    return Case(request.param)
+FOLDERS = cases("s4d")
 
 
 @pytest.fixture(scope="module")

@@ -7,58 +7,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec import convert
-from jaxrec.convert.engine import find, read_tensors, to_tensors
+from jaxrec.convert.engine import find, to_tensors
 from jaxrec.ops import hippo
-from tests.golden.harness import Case, cases
+from tests.golden.harness import Case, cases, check_round_trip
 
-FOLDERS = cases("s5")
-LAYERS = [folder for folder in FOLDERS if (folder / "weights.safetensors").exists()]
-MATRICES = [folder for folder in FOLDERS if folder not in LAYERS]
-
-
-@pytest.fixture(params=LAYERS, ids=lambda folder: folder.name, scope="module")
-def case(request):
-    return Case(request.param)
+FOUND = cases("s5")
+FOLDERS = [folder for folder in FOUND if (folder / "weights.safetensors").exists()]
+MATRICES = [folder for folder in FOUND if folder not in FOLDERS]
 
 
-@pytest.fixture(scope="module")
-def layer(case):
-    return case.load_model()
-
-
-def test_discretised_eigenvalues(case, layer):
-    decay, _ = jax.jit(lambda layer: layer.discretized())(layer)
+def test_discretised_eigenvalues(case, model):
+    decay, _ = jax.jit(lambda layer: layer.discretized())(model)
     case.check("Lambda_bar_re", jnp.real(decay))
     case.check("Lambda_bar_im", jnp.imag(decay))
 
 
-def test_outputs(case, layer):
-    y, _ = jax.jit(lambda layer, u: layer(u))(layer, case["u"][None])
+def test_outputs(case, model):
+    y, _ = jax.jit(lambda layer, u: layer(u))(model, case["u"][None])
     case.check("y", y[0])
 
 
-def test_gradients(case, layer):
+def test_gradients(case, model):
     def loss(layer, u):
         return jnp.sum(layer(u)[0] * case["cot_y"][None])
 
-    of_layer, of_u = jax.jit(jax.grad(loss, argnums=(0, 1)))(layer, case["u"][None])
+    of_layer, of_u = jax.jit(jax.grad(loss, argnums=(0, 1)))(model, case["u"][None])
     # The stated gap is one of y: a unit in the last place of the largest gradient is already more.
     # Measured here: at most 1.2e-6 of the largest, in log_step, to which every step adds.
     case.check("grad_u", of_u[0], gap_is_of_others=True)
-    tensors = to_tensors(find(case.system), layer, of_layer)
+    tensors = to_tensors(find(case.system), model, of_layer)
     for name in case.names("grad_"):
         if name != "grad_u":
             case.check(name, tensors[name.removeprefix("grad_")], gap_is_of_others=True)
 
 
-def test_the_table_round_trips(case, layer, tmp_path):
-    convert.export(layer, tmp_path)
-    assert convert.load(case.system, tmp_path).config == layer.config
-    tensors, exported = read_tensors(case.folder), read_tensors(tmp_path)
-    assert exported.keys() == tensors.keys()
-    for name, value in exported.items():
-        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+def test_the_table_round_trips(case, model, tmp_path):
+    check_round_trip(case, model, tmp_path)
 
 
 def test_every_array_was_looked_at(case):
