@@ -11,12 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxrec.cli import bench, timing
-from jaxrec.cli.timing import WrongNumbers
+from jaxrec.cli import bench, timing, torch_peer
 from jaxrec.convert import engine
 from jaxrec.errors import UserError
 from jaxrec.generation import SamplingConfig, complete
@@ -27,9 +25,6 @@ from jaxrec.training.sharding import build_mesh
 
 PEERS = {"mamba": "Mamba", "recurrentgemma": "RecurrentGemma"}
 """System -> the stem of the class names in transformers."""
-TOLERANCE = 1e-5
-"""Largest difference between the two programs, both in float32, relative to the largest value of an
-array. Measured: up to 2e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +89,8 @@ def run(arguments: "bench.ModelsArguments") -> None:
     peer = load_peer()
     if peer is not None:
         for system in arguments.systems:
-            check_peer(peer, system)
+            differences = peer_differences(peer, system)
+            torch_peer.refuse_differences(f"{PEERS[system]} of transformers", differences)
             timing.say(f"{system}: transformers agrees: logits and every gradient")
     report: dict[str, Any] = {
         "benchmark": "models",
@@ -110,8 +106,7 @@ def run(arguments: "bench.ModelsArguments") -> None:
             for part in arguments.parts:
                 report["results"].append(measure(system, part, sizes, rounds, peer))
                 timing.say(f"{system}: {part} timed")
-    report["machine"]["load_average_after"] = timing.load_average()
-    timing.publish(report, tables, as_json=arguments.json, out=arguments.out)
+    timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
 def load_peer() -> Any | None:
@@ -143,42 +138,19 @@ def peer_model(peer: Any, system: str, model: Any) -> Any:
     return theirs
 
 
-def check_peer(peer: Any, system: str) -> None:
-    """Compares transformers with jaxrec from equal weights: logits and every gradient.
-
-    Raises:
-      WrongNumbers: they differ; the message names what.
-    """
-    for what, error in peer_errors(peer, system).items():
-        if not error <= TOLERANCE:  # also refuses NaN
-            raise WrongNumbers(
-                f"{PEERS[system]} of transformers and jaxrec differ: {what} by {error:.1e} of the"
-                f" largest value, allowed are {TOLERANCE:.0e}."
-            )
-
-
-def peer_errors(peer: Any, system: str) -> dict[str, float]:
-    """Largest difference of the logits and of each gradient, relative to their largest value."""
+def peer_differences(peer: Any, system: str) -> dict[str, float]:
+    """What `torch_peer.differences` finds at a small size, from equal weights."""
     model = SMALL.model(system).build(rngs=nnx.Rngs(0))
     tokens, labels = _inputs(SMALL)
-
-    def loss(model: Any) -> tuple[Array, Array]:
-        logits = model(tokens)[0]
-        return cross_entropy(logits, labels), logits
-
-    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
     theirs = peer_model(peer, system, model)
-    their_logits, their_loss = _torch_loss(theirs, *_to_torch(tokens, labels))
-    their_loss.backward()
-    their_gradient = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-
-    def error(value: np.ndarray, their_value: np.ndarray) -> float:
-        return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
-
-    errors = {"the logits": error(np.asarray(logits), their_logits.detach().numpy())}
-    for name, value in engine.to_tensors(engine.find(system), model, gradient).items():
-        errors[f"the gradient of {name}"] = error(value, their_gradient[name])
-    return errors
+    return torch_peer.differences(
+        system,
+        model,
+        lambda model: model(tokens)[0],
+        labels,
+        theirs,
+        lambda: theirs(*torch_peer.to_torch(tokens), use_cache=False).logits,
+    )
 
 
 def _inputs(sizes: Sizes) -> tuple[Array, Array]:
@@ -188,19 +160,6 @@ def _inputs(sizes: Sizes) -> tuple[Array, Array]:
     return tuple(  # type: ignore[return-value]
         jax.random.randint(key, shape, 0, sizes.vocab_size, jnp.int32) for key in (first, second)
     )
-
-
-def _to_torch(*arrays: Array) -> list[Any]:
-    import torch
-
-    return [torch.from_numpy(np.array(x)).long() for x in arrays]
-
-
-def _torch_loss(model: Any, tokens: Any, labels: Any) -> tuple[Any, Any]:
-    import torch
-
-    logits = model(tokens, use_cache=False).logits
-    return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def measure(system: str, part: str, sizes: Sizes, rounds: int, peer: Any | None) -> dict[str, Any]:
@@ -256,7 +215,7 @@ def _their_call(model: Any, part: str, sizes: Sizes) -> Callable[[], Any]:
     import torch
 
     torch.set_num_threads(timing.cpu_threads())
-    tokens, labels = _to_torch(*_inputs(sizes))
+    tokens, labels = torch_peer.to_torch(*_inputs(sizes))
 
     def forward() -> None:
         with torch.no_grad():
@@ -264,7 +223,8 @@ def _their_call(model: Any, part: str, sizes: Sizes) -> Callable[[], Any]:
 
     def both() -> None:
         model.zero_grad(set_to_none=True)
-        _torch_loss(model, tokens, labels)[1].backward()
+        logits = model(tokens, use_cache=False).logits
+        torch_peer.torch_loss(logits, labels).backward()
 
     def decode() -> None:
         prompt = torch.arange(1, sizes.prompt + 1)[None]
@@ -281,46 +241,3 @@ def _their_call(model: Any, part: str, sizes: Sizes) -> Callable[[], Any]:
             )
 
     return {"forward": forward, "both": both, "decode": decode}[part]
-
-
-def tables(report: dict[str, Any]) -> list[Any]:
-    """One table."""
-    from rich.table import Table
-
-    sizes = report["sizes"]
-    made = Table(
-        title=f"width {sizes['width']}, {sizes['layers']} layers, vocabulary"
-        f" {sizes['vocab_size']}, batch {sizes['batch']} x {sizes['time']}, MLP"
-        f" {sizes['mlp_width']}; decoding at batch 1; transformers"
-        f" {report['transformers'] or 'not installed'}"
-    )
-    for column in (
-        "model",
-        "what",
-        "tokens/s",
-        "s: median (least)",
-        "transformers tokens/s",
-        "transformers s",
-        "transformers / ours",
-        "compile s",
-        "temp MiB",
-    ):
-        made.add_column(column, justify="right")
-    for x in report["results"]:
-        row = [x["system"], "forward + backward" if x["part"] == "both" else x["part"]]
-        for name in ("jaxrec", "transformers"):
-            if name not in x:
-                row += ["-", "-"]
-                continue
-            time = x[name]
-            row += [
-                f"{time['tokens_per_s']:,.0f}",
-                f"{time['median_s']:.3f} ({time['least_s']:.3f})",
-            ]
-        ratio = "-"
-        if "to_ours_median" in x:
-            ratio = f"{x['to_ours_median']:.2f} ({x['to_ours_least']:.2f})"
-        row.append(ratio)
-        row += [f"{x['compile_s']:.1f}", f"{x['temp_mib'] or 0:.0f}"] if "compile_s" in x else "--"
-        made.add_row(*row)
-    return [made]

@@ -59,8 +59,7 @@ def run(arguments: "bench.ScanArguments") -> None:
     with timing.without_compilation_cache():
         for shape in shapes:
             report["results"] += measure(candidates, shape, rounds)
-    report["machine"]["load_average_after"] = timing.load_average()
-    timing.publish(report, tables, as_json=arguments.json, out=arguments.out)
+    timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
 def ours(methods: Sequence[str]) -> dict[str, Scan]:
@@ -216,39 +215,3 @@ def _shape(text: str) -> tuple[int, int, int]:
     if min(batch, time, width) < 1:
         raise UserError(f"--shapes: {text!r} is not a shape; expected b,t,d such as 8,4096,256.")
     return batch, time, width
-
-
-def tables(report: dict[str, Any]) -> list[Any]:
-    """One table per shape."""
-    from rich.table import Table
-
-    shapes = dict.fromkeys(tuple(record["shape"]) for record in report["results"])
-    found = []
-    for shape in shapes:
-        records = [record for record in report["results"] if tuple(record["shape"]) == shape]
-        table = Table(
-            title=f"linear scan (b, t, d) = {shape}, {report['rounds']} rounds in turns;"
-            f" the machine copies {records[0]['copy_gb_per_s']:.1f} GB/s"
-        )
-        table.add_column("candidate")
-        for pass_ in ("forward", "forward + backward"):
-            table.add_column(f"{pass_}\nms: median (least)", justify="right")
-            table.add_column("to best peer\nmedian (least)", justify="right")
-            table.add_column("GB/s", justify="right")
-            table.add_column("compile s", justify="right")
-            table.add_column("temp MiB", justify="right")
-        for record in records:
-            row = [record["candidate"]]
-            for pass_ in ("forward", "both"):
-                x = record[pass_]
-                temp = "-" if x["temp_mib"] is None else f"{x['temp_mib']:.0f}"
-                row += [
-                    f"{x['median_ms']:.1f} ({x['least_ms']:.1f})",
-                    f"{x['to_best_peer_median']:.2f} ({x['to_best_peer_least']:.2f})",
-                    f"{x['gb_per_s']:.1f}",
-                    f"{x['compile_s']:.1f}",
-                    temp,
-                ]
-            table.add_row(*row)
-        found.append(table)
-    return found

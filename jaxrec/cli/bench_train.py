@@ -14,8 +14,7 @@ from flax import nnx
 from jax import Array
 
 import jaxrec
-from jaxrec.cli import bench, timing
-from jaxrec.cli.timing import WrongNumbers
+from jaxrec.cli import bench, timing, torch_peer
 from jaxrec.convert import engine
 from jaxrec.errors import UserError
 from jaxrec.generation import SamplingConfig, complete
@@ -30,9 +29,6 @@ PEER = Path(jaxrec.__file__).parent.parent / "benchmarks" / "peers" / "huginn_to
 FIGURE = {"forward": 0.9, "step": 1.8}
 """Seconds of the original PyTorch program at batch 4, 256 tokens, 4 + 4 loops, on a machine with
 two cores. The inner width of its MLP was not recorded."""
-TOLERANCE = 1e-5
-"""Largest difference between the two programs, both in float32, relative to the largest value of an
-array. Measured: up to 9e-7."""
 MATRIX = 1024
 """A machine's peak is its speed at a product of square matrices of this size, in the same turns."""
 
@@ -94,7 +90,7 @@ def run(arguments: "bench.TrainArguments") -> None:
         sizes, rounds, mlp_widths, depths, decode_depths = SMALL, 1, (SMALL_MLP,), (1, 3), (2,)
     peer = load_peer()
     if peer is not None and "step" in arguments.parts:
-        check_peer(peer)
+        torch_peer.refuse_differences(f"the PyTorch program {PEER.name}", peer_differences(peer))
         timing.say("the PyTorch program agrees: logits and every gradient")
     report: dict[str, Any] = {
         "benchmark": "train",
@@ -117,8 +113,7 @@ def run(arguments: "bench.TrainArguments") -> None:
             report["results"] += measure_compilation(sizes, mlp_widths[0], depths)
         if "decode" in arguments.parts:
             report["results"] += measure_decoding(sizes, mlp_widths[0], decode_depths, rounds)
-    report["machine"]["load_average_after"] = timing.load_average()
-    timing.publish(report, tables, as_json=arguments.json, out=arguments.out)
+    timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
 def load_peer() -> Any | None:
@@ -132,43 +127,21 @@ def load_peer() -> Any | None:
     return module
 
 
-def check_peer(peer: Any) -> None:
-    """Compares the PyTorch program with jaxrec from equal weights: logits and every gradient.
-
-    Raises:
-      WrongNumbers: they differ; the message names what.
-    """
-    for what, error in peer_errors(peer).items():
-        if not error <= TOLERANCE:  # also refuses NaN
-            raise WrongNumbers(
-                f"the PyTorch program {PEER.name} and jaxrec differ: {what} by {error:.1e} of the"
-                f" largest value, allowed are {TOLERANCE:.0e}."
-            )
-
-
-def peer_errors(peer: Any) -> dict[str, float]:
-    """Largest difference of the logits and of each gradient, relative to their largest value."""
-    sizes, system = SMALL, engine.find("huginn")
+def peer_differences(peer: Any) -> dict[str, float]:
+    """What `torch_peer.differences` finds at a small size, from equal weights."""
+    sizes = SMALL
     model = sizes.model(SMALL_MLP).build(rngs=nnx.Rngs(0))
     tokens, labels, latent = _inputs(sizes, model.config)
-
-    def loss(model: Huginn) -> tuple[Array, Array]:
-        logits = model(tokens, depth=jnp.int32(sizes.depth), latent=latent)[0]
-        return cross_entropy(logits, labels), logits
-
-    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
-    theirs = peer.load(model.config, engine.to_tensors(system, model))
-    their_logits = theirs(*_to_torch(tokens, latent), sizes.depth - sizes.graded, sizes.graded)
-    _torch_loss(their_logits, *_to_torch(labels)).backward()
-    their_gradient = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-
-    def error(value: np.ndarray, their_value: np.ndarray) -> float:
-        return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
-
-    errors = {"the logits": error(np.asarray(logits), their_logits.detach().numpy())}
-    for name, value in engine.to_tensors(system, model, gradient).items():
-        errors[f"the gradient of {name}"] = error(value, their_gradient[name])
-    return errors
+    theirs = peer.load(model.config, engine.to_tensors(engine.find("huginn"), model))
+    loops = sizes.depth - sizes.graded, sizes.graded
+    return torch_peer.differences(
+        "huginn",
+        model,
+        lambda model: model(tokens, depth=jnp.int32(sizes.depth), latent=latent)[0],
+        labels,
+        theirs,
+        lambda: theirs(*torch_peer.to_torch(tokens, latent), *loops),
+    )
 
 
 def measure_step(sizes: Sizes, mlp_width: int, rounds: int, peer: Any | None) -> dict[str, Any]:
@@ -283,7 +256,7 @@ def _torch_calls(
 
     torch.set_num_threads(timing.cpu_threads())
     model = peer.load(config, tensors)
-    inputs, targets, start = _to_torch(tokens, labels, latent)
+    inputs, targets, start = torch_peer.to_torch(tokens, labels, latent)
     settings = OptimizerConfig()
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -301,25 +274,11 @@ def _torch_calls(
         optimizer.zero_grad(set_to_none=True)
         drawn = 0.4**0.5 * torch.randn_like(start)
         logits = model(inputs, drawn, sizes.depth - sizes.graded, sizes.graded)
-        _torch_loss(logits, targets).backward()
+        torch_peer.torch_loss(logits, targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
         optimizer.step()
 
     return {"torch forward": forward, "torch step": step}
-
-
-def _torch_loss(logits: Any, labels: Any) -> Any:
-    import torch
-
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def _to_torch(*arrays: Array) -> list[Any]:
-    """Copies; integers as int64, which PyTorch's indices and labels are."""
-    import torch
-
-    tensors = [torch.from_numpy(np.array(x)) for x in arrays]
-    return [x if x.is_floating_point() else x.long() for x in tensors]
 
 
 def measure_remat(sizes: Sizes, mlp_width: int, rounds: int) -> list[dict[str, Any]]:
@@ -432,101 +391,3 @@ def measure_decoding(
         }
         for depth in depths
     ]
-
-
-def tables(report: dict[str, Any]) -> list[Any]:
-    """One table per part."""
-    from rich.table import Table
-
-    def table(title: str, columns: str, rows: list[list[str]]) -> Any:
-        made = Table(title=title)
-        for column in columns.split("|"):
-            made.add_column(column.strip(), justify="right")
-        for row in rows:
-            made.add_row(*row)
-        return made
-
-    def of(part: str) -> list[dict[str, Any]]:
-        return [record for record in report["results"] if record["part"] == part]
-
-    found, sizes = [], report["sizes"]
-    if of("step"):
-        rows = []
-        for record in of("step"):
-            for what in ("forward", "step"):
-                x = record[what]
-                theirs = ["-", "-"]
-                if "torch_median_s" in x:
-                    theirs = [
-                        f"{x['torch_median_s']:.3f} ({x['torch_least_s']:.3f})",
-                        f"{x['torch_to_ours_median']:.2f} ({x['torch_to_ours_least']:.2f})",
-                    ]
-                rows.append(
-                    [
-                        str(record["mlp_width"]),
-                        what,
-                        f"{x['median_s']:.3f} ({x['least_s']:.3f})",
-                        *theirs,
-                        f"{x['figure_to_ours']:.2f}",
-                        f"{x['gflop']:.1f}",
-                        f"{x['gflop_per_s']:.0f} of {record['peak_gflop_per_s']:.0f}",
-                        f"{x['bound_s']:.3f}",
-                        f"{x['compile_s']:.1f}",
-                    ]
-                )
-        title = (
-            f"Huginn, width {sizes['width']}, {'+'.join(map(str, sizes['layers']))} blocks, batch"
-            f" {sizes['batch']} x {sizes['time']}, {sizes['depth'] - sizes['graded']} ungraded +"
-            f" {sizes['graded']} graded loops; torch {report['torch'] or 'not installed'}"
-        )
-        columns = (
-            "MLP | what | s: median (least) | torch s | torch / ours | figure / ours | GFLOP"
-            " | GFLOP/s of peak | s at peak | compile s"
-        )
-        found.append(table(title, columns, rows))
-    if of("remat"):
-        rows = [
-            [
-                x["remat"],
-                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
-                f"{x['temp_mib'] or 0:.0f}",
-                f"{x['compile_s']:.1f}",
-            ]
-            for x in of("remat")
-        ]
-        title = "a training step by what its backward pass computes again"
-        columns = "remat | s: median (least) | temp MiB | compile s"
-        found.append(table(title, columns, rows))
-    if of("depth"):
-        rows = [
-            [
-                str(x["depth"]),
-                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
-                f"{x['gflop']:.1f}",
-                f"{x['gflop_per_s']:.0f}",
-            ]
-            for x in of("depth")
-        ]
-        title = (
-            f"a training step by depth, one program compiled in {of('depth')[0]['compile_s']:.1f} s"
-        )
-        found.append(table(title, "loops | s: median (least) | GFLOP | GFLOP/s", rows))
-    if of("compile"):
-        rows = [
-            [str(x["depth"]), f"{x['compile_s']:.1f}", f"{x['temp_mib'] or 0:.0f}"]
-            for x in of("compile")
-        ]
-        title = "gradient through all loops, their number fixed when compiled"
-        found.append(table(title, "loops | compile s | temp MiB", rows))
-    if of("decode"):
-        rows = [
-            [
-                str(x["depth"]),
-                f"{x['tokens_per_s']:.0f}",
-                f"{x['median_s']:.3f} ({x['least_s']:.3f})",
-            ]
-            for x in of("decode")
-        ]
-        title = f"cached decoding, {sizes['new_tokens']} tokens after a prompt of {sizes['prompt']}"
-        found.append(table(title, "loops | tokens/s | s: median (least)", rows))
-    return found

@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import jaxlib
 
 import jaxrec
+from jaxrec.cli import bench_tables
 from jaxrec.errors import UserError
 
 MIB = 2.0**20
@@ -140,14 +141,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def publish(
-    report: dict[str, Any],
-    tables: Callable[[dict[str, Any]], Sequence[Any]],
-    *,
-    as_json: bool,
-    out: Path | None,
-) -> None:
+def publish(report: dict[str, Any], *, as_json: bool, out: Path | None) -> None:
     """Prints a report as tables or JSON lines, the machine first, and writes a file if asked."""
+    report["machine"]["load_average_after"] = load_average()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
@@ -157,17 +153,15 @@ def publish(
             print(json.dumps(line))
         return
     from rich.console import Console
+    from rich.table import Table
 
     # A file or a pipe has no width; rich would cut the tables at 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    where = report["machine"]
-    console.print(
-        f"{where['cpu']}, {where['cpu_threads']} threads, device {where['device']},"
-        f" jax {where['jax']}, jaxlib {where['jaxlib']}, load {where['load_average']},"
-        f" {where['date']}",
-        highlight=False,
-    )
-    for table in tables(report):
+    console.print(bench_tables.machine(report), highlight=False)
+    for title, columns, rows in bench_tables.tables(report):
+        table = Table(*(column.strip() for column in columns.split("|")), title=title)
+        for row in rows:
+            table.add_row(*row)
         console.print(table, highlight=False)
     if out is not None:
         console.print(f"written to {out}", highlight=False)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxrec.cli import bench, bench_models, bench_scan, bench_train, main, timing
+from jaxrec.cli import bench, bench_models, bench_scan, bench_train, main, timing, torch_peer
 from jaxrec.ops.time import linear_scan
 
 
@@ -73,7 +73,7 @@ def test_train_times_every_part(tmp_path, capsys):
     assert [record["part"] for record in records] == parts
     assert all(0 <= x < math.inf for record in records for x in numbers(record))
     # The same report as a person reads it.
-    timing.publish(report, bench_train.tables, as_json=False, out=None)
+    timing.publish(report, as_json=False, out=None)
     printed = capsys.readouterr().out
     assert "tokens/s" in printed and "GFLOP/s of peak" in printed
 
@@ -119,7 +119,7 @@ def test_the_peers_agree_with_the_definition():
 def test_a_torch_program_that_differs_is_not_timed(monkeypatch, capsys):
     errors = {"the logits": 1e-7, "the gradient of transformer.adapter.weight": float("nan")}
     monkeypatch.setattr(bench_train, "load_peer", lambda: "a peer")
-    monkeypatch.setattr(bench_train, "peer_errors", lambda peer: errors)
+    monkeypatch.setattr(bench_train, "peer_differences", lambda peer: errors)
     monkeypatch.setattr(bench_train, "measure_step", None)  # calling it would fail
     assert bench.run(bench.TrainArguments(smoke=True, parts=("step",))) == 1
     assert "the gradient of transformer.adapter.weight by nan" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_the_torch_program_agrees_where_it_is_installed():
     peer = bench_train.load_peer()
     assert (peer is None) == (importlib.util.find_spec("torch") is None)
     if peer is not None:
-        bench_train.check_peer(peer)
+        torch_peer.refuse_differences("PyTorch", bench_train.peer_differences(peer))
 
 
 def test_models_writes_what_it_prints(tmp_path, capsys, monkeypatch):
@@ -145,13 +145,13 @@ def test_models_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     ]
     assert all(0 < x["jaxrec"]["tokens_per_s"] < math.inf for x in records)
     # The same report as a person reads it.
-    timing.publish(report, bench_models.tables, as_json=False, out=None)
+    timing.publish(report, as_json=False, out=None)
     assert "tokens/s" in capsys.readouterr().out
 
 
 def test_a_model_of_transformers_that_differs_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench_models, "load_peer", lambda: "a peer")
-    monkeypatch.setattr(bench_models, "peer_errors", lambda *_: {"the logits": float("nan")})
+    monkeypatch.setattr(bench_models, "peer_differences", lambda *_: {"the logits": float("nan")})
     monkeypatch.setattr(bench_models, "measure", None)  # calling it would fail
     assert bench.run(bench.ModelsArguments(smoke=True)) == 1
     assert "Mamba of transformers and jaxrec differ: the logits by nan" in capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_a_model_of_transformers_that_differs_is_not_timed(monkeypatch, capsys):
 def test_transformers_agrees_where_it_is_installed(system):
     peer = bench_models.load_peer()
     if peer is not None:
-        bench_models.check_peer(peer, system)
+        torch_peer.refuse_differences("PyTorch", bench_models.peer_differences(peer, system))
 
 
 def test_candidates_run_in_turns():

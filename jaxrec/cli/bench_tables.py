@@ -1,0 +1,254 @@
+"""Reports of benchmarks as tables of text, for a terminal and for benchmarks/README.md alike."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Report = Mapping[str, Any]
+MANY_SHAPES = 4
+"""From so many shapes on, a report on scans shows how time and memory grow, not who is how fast."""
+
+
+class Table(NamedTuple):
+    """Columns are separated by |; every row has as many texts."""
+
+    title: str
+    columns: str
+    rows: list[list[str]]
+
+
+def tables(report: Report) -> list[Table]:
+    """The tables of a report, by the benchmark that wrote it."""
+    return TABLES[report["benchmark"]](report)
+
+
+def machine(report: Report) -> str:
+    """One line: where and when the numbers were taken."""
+    where = report["machine"]
+    tunables = f", {where['environment']}" if where.get("environment") else ""
+    return (
+        f"{where['cpu']}, {where['cpu_threads']} threads, device {where['device']},"
+        f" jax {where['jax']}, jaxlib {where['jaxlib']}{tunables}; {report['rounds']} rounds in"
+        f" turns; load {where['load_average']} before and {where['load_average_after']} after;"
+        f" {where['date']}"
+    )
+
+
+def _pair(x: Mapping[str, float], what: str, digits: int) -> str:
+    """The median of something and its least value."""
+    median, least = (
+        (x[f"median_{what}"], x[f"least_{what}"])
+        if f"median_{what}" in x
+        else (x[f"{what}_median"], x[f"{what}_least"])
+    )
+    return f"{median:.{digits}f} ({least:.{digits}f})"
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _scan(report: Report) -> list[Table]:
+    """One table per shape; one of all lengths if there are many."""
+    shapes = list(dict.fromkeys(tuple(record["shape"]) for record in report["results"]))
+    if len(shapes) >= MANY_SHAPES:
+        return [_scan_lengths(report)]
+    found = []
+    for shape in shapes:
+        records = [x for x in report["results"] if tuple(x["shape"]) == shape]
+        rows = []
+        for record in records:
+            row = [record["candidate"]]
+            for x in (record["forward"], record["both"]):
+                row += [
+                    _pair(x, "ms", 1),
+                    _pair(x, "to_best_peer", 2),
+                    f"{x['gb_per_s']:.1f}",
+                    f"{x['compile_s']:.1f}",
+                    _mib(x["temp_mib"]),
+                ]
+            rows.append(row)
+        copied = records[0]["copy_gb_per_s"]
+        title = f"Linear scan, (b, t, d) = {shape}; a copy runs at {copied:.1f} GB/s"
+        columns = (
+            "candidate | forward ms | to best peer | GB/s | compile s | temp MiB"
+            " | forward + backward ms | to best peer | GB/s | compile s | temp MiB"
+        )
+        found.append(Table(title, columns, rows))
+    return found
+
+
+def _scan_lengths(report: Report) -> Table:
+    """One row per length of the default method, beside the plain loop."""
+    by_name: dict[str, dict[int, Any]] = {}
+    for record in report["results"]:
+        by_name.setdefault(record["candidate"], {})[record["shape"][1]] = record
+    batch, _, width = report["results"][0]["shape"]
+    rows = []
+    for time, record in by_name["jaxrec auto"].items():
+        row = [f"{time:,}"]
+        for pass_ in ("forward", "both"):
+            x, plain = record[pass_], by_name["lax.scan"][time][pass_]
+            per_step = 1e6 * x["least_ms"] / time
+            row += [_pair(x, "ms", 1), f"{per_step:.0f}"]
+            row += [_mib(x["temp_mib"]), _mib(plain["temp_mib"])]
+        rows.append(row)
+    return Table(
+        f"Linear scan by length, method auto, (b, t, d) = ({batch}, t, {width})",
+        "t | forward ms | ns per step | temp MiB | lax.scan's | forward + backward ms"
+        " | ns per step | temp MiB | lax.scan's",
+        rows,
+    )
+
+
+def _train(report: Report) -> list[Table]:
+    """One table per part that was timed."""
+    found = []
+    for part, build in TRAIN_PARTS.items():
+        records = [record for record in report["results"] if record["part"] == part]
+        if records:
+            found.append(build(records, report))
+    return found
+
+
+def _step(records: list[Any], report: Report) -> Table:
+    sizes, rows = report["sizes"], []
+    for record in records:
+        for what in ("forward", "step"):
+            x = record[what]
+            theirs = ["-", "-"]
+            if "torch_median_s" in x:
+                median, least = x["torch_median_s"], x["torch_least_s"]
+                theirs = [f"{median:.2f} ({least:.2f})", _pair(x, "torch_to_ours", 2)]
+            rows.append(
+                [
+                    str(record["mlp_width"]),
+                    what,
+                    _pair(x, "s", 2),
+                    *theirs,
+                    f"{x['figure_to_ours']:.2f}",
+                    f"{x['gflop']:.0f}",
+                    f"{x['gflop_per_s']:.0f} of {record['peak_gflop_per_s']:.0f}",
+                    f"{x['bound_s']:.2f}",
+                    f"{x['compile_s']:.0f}",
+                ]
+            )
+    title = (
+        f"Huginn, width {sizes['width']}, {'+'.join(map(str, sizes['layers']))} blocks, batch"
+        f" {sizes['batch']} x {sizes['time']} tokens, {sizes['depth'] - sizes['graded']} ungraded +"
+        f" {sizes['graded']} graded loops; torch {report['torch'] or 'not installed'}"
+    )
+    columns = (
+        "MLP | what | s | torch s | torch / ours | figure / ours | GFLOP | GFLOP/s of peak"
+        " | s at peak | compile s"
+    )
+    return Table(title, columns, rows)
+
+
+def _remat(records: list[Any], report: Report) -> Table:
+    rows = [
+        [x["remat"], _pair(x, "s", 2), _mib(x["temp_mib"]), f"{x['compile_s']:.0f}"]
+        for x in records
+    ]
+    title = (
+        f"A training step by what its backward pass computes again, MLP {records[0]['mlp_width']}"
+    )
+    return Table(title, "remat | s | temp MiB | compile s", rows)
+
+
+def _depth(records: list[Any], report: Report) -> Table:
+    rows = [
+        [str(x["depth"]), _pair(x, "s", 2), f"{x['gflop']:.0f}", f"{x['gflop_per_s']:.0f}"]
+        for x in records
+    ]
+    first = records[0]
+    title = (
+        f"A training step by depth, MLP {first['mlp_width']}: one program, compiled in"
+        f" {first['compile_s']:.0f} s"
+    )
+    return Table(title, "loops | s | GFLOP | GFLOP/s", rows)
+
+
+def _compile(records: list[Any], report: Report) -> Table:
+    rows = [[str(x["depth"]), f"{x['compile_s']:.0f}", _mib(x["temp_mib"])] for x in records]
+    title = "The gradient through all loops, their number fixed in the program"
+    return Table(title, "loops | compile s | temp MiB", rows)
+
+
+def _decode(records: list[Any], report: Report) -> Table:
+    sizes = report["sizes"]
+    rows = [[str(x["depth"]), f"{x['tokens_per_s']:.0f}", _pair(x, "s", 2)] for x in records]
+    title = (
+        f"Cached greedy decoding, {sizes['new_tokens']} tokens after a prompt of"
+        f" {sizes['prompt']}, batch 1"
+    )
+    return Table(title, "loops | tokens/s | s", rows)
+
+
+def _models(report: Report) -> list[Table]:
+    """One table."""
+    sizes, rows = report["sizes"], []
+    for x in report["results"]:
+        theirs = ["-", "-", "-"]
+        if "transformers" in x:
+            theirs = [
+                f"{x['transformers']['tokens_per_s']:,.0f}",
+                _pair(x["transformers"], "s", 3),
+                _pair(x, "to_ours", 2),
+            ]
+        compiled = ["-", "-"]
+        if "compile_s" in x:
+            compiled = [f"{x['compile_s']:.0f}", _mib(x["temp_mib"])]
+        rows.append(
+            [
+                x["system"],
+                "forward + backward" if x["part"] == "both" else x["part"],
+                f"{x['jaxrec']['tokens_per_s']:,.0f}",
+                _pair(x["jaxrec"], "s", 3),
+                *theirs,
+                *compiled,
+            ]
+        )
+    title = (
+        f"Recurrent language models, width {sizes['width']}, {sizes['layers']} layers, vocabulary"
+        f" {sizes['vocab_size']}, batch {sizes['batch']} x {sizes['time']} tokens, RecurrentGemma's"
+        f" MLP {sizes['mlp_width']}; decoding {sizes['new_tokens']} tokens after a prompt of"
+        f" {sizes['prompt']} at batch 1; transformers {report['transformers'] or 'not installed'}"
+    )
+    columns = (
+        "model | what | tokens/s | s | transformers tokens/s | transformers s"
+        " | transformers / ours | compile s | temp MiB"
+    )
+    return [Table(title, columns, rows)]
+
+
+def _selective_memory(report: Report) -> list[Table]:
+    sizes = report["sizes"]
+    rows = [
+        [
+            f"{x['time']:,}",
+            f"{x['input_mib']:.0f}",
+            f"{x['selective_scan_mib']:.1f}",
+            f"{x['all_states_mib']:.0f}",
+        ]
+        for x in report["results"]
+    ]
+    title = (
+        f"Temporary memory of the gradient, b = {sizes['batch']}, e = {sizes['inner']},"
+        f" n = {sizes['states']}, as the compiler plans it; nothing is run"
+    )
+    return [Table(title, "t | x MiB | selective_scan MiB | all states kept MiB", rows)]
+
+
+TABLES: dict[str, Callable[[Report], list[Table]]] = {
+    "models": _models,
+    "scan": _scan,
+    "selective_memory": _selective_memory,
+    "train": _train,
+}
+TRAIN_PARTS: dict[str, Callable[[list[Any], Report], Table]] = {
+    "step": _step,
+    "remat": _remat,
+    "depth": _depth,
+    "compile": _compile,
+    "decode": _decode,
+}

@@ -1,0 +1,82 @@
+"""What benchmarks beside PyTorch programs share: arrays across, the loss there, and agreement."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxrec.cli.timing import WrongNumbers
+from jaxrec.convert import engine
+from jaxrec.training.losses import cross_entropy
+
+TOLERANCE = 1e-5
+"""Largest difference between two programs, both in float32, relative to the largest value of an
+array. Measured: up to 2e-6."""
+
+
+def to_torch(*arrays: Array) -> list[Any]:
+    """Copies; integers as int64, which PyTorch's indices and labels are."""
+    import torch
+
+    tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+    return [x if x.is_floating_point() else x.long() for x in tensors]
+
+
+def torch_loss(logits: Any, labels: Any) -> Any:
+    """The cross entropy of logits (b t vocab)."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def differences(
+    system: str,
+    model: Any,
+    logits: Callable[[Any], Array],
+    labels: Array,
+    theirs: Any,
+    their_logits: Callable[[], Any],
+) -> dict[str, float]:
+    """Largest difference of the logits and of each gradient, relative to their largest value.
+
+    Args:
+      system: whose conversion table names the parameters.
+      model: ours.
+      logits: of our model, (b t vocab).
+      labels: int (b t), for the loss whose gradients are compared.
+      theirs: the PyTorch module with the same weights.
+      their_logits: of the same tokens.
+    """
+
+    def loss(model: Any) -> tuple[Array, Array]:
+        scores = logits(model)
+        return cross_entropy(scores, labels), scores
+
+    (_, scores), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+    their_scores = their_logits()
+    torch_loss(their_scores, *to_torch(labels)).backward()
+    their_gradient = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+
+    def error(value: np.ndarray, their_value: np.ndarray) -> float:
+        return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
+
+    found = {"the logits": error(np.asarray(scores), their_scores.detach().numpy())}
+    for name, value in engine.to_tensors(engine.find(system), model, gradient).items():
+        found[f"the gradient of {name}"] = error(value, their_gradient[name])
+    return found
+
+
+def refuse_differences(who: str, found: Mapping[str, float]) -> None:
+    """Checks what `differences` found.
+
+    Raises:
+      WrongNumbers: something differs by more than `TOLERANCE`; the message names it.
+    """
+    for what, error in found.items():
+        if not error <= TOLERANCE:  # also refuses NaN
+            raise WrongNumbers(
+                f"{who} and jaxrec differ: {what} by {error:.1e} of the largest value, allowed are"
+                f" {TOLERANCE:.0e}."
+            )
