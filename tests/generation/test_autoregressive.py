@@ -195,5 +195,5 @@ def test_bad_input_is_refused_by_the_call(arguments, message, looped):
 
 
 def test_depth_without_a_loop_is_refused():
-    with pytest.raises(UserError, match=r"depth is 2, but RecurrentLM has no loop\. Leave depth out"):
+    with pytest.raises(UserError, match="depth is 2, but RecurrentLM has no loop"):
         generate(build("linear_rnn"), [[1]], max_new_tokens=NEW, key=KEY, depth=2)
