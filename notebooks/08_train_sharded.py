@@ -24,6 +24,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 
@@ -51,21 +52,16 @@ config = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, schedule="constant"),
 )
 runs = Path(tempfile.mkdtemp())
+run = functools.partial(train, "jaxrec.models.huginn:TINY", model, runs=runs)
 
-
-def run(name, mesh, steps=30):
-    changed = dataclasses.replace(config, name=name, mesh=mesh, steps=steps)
-    return train("jaxrec.models.huginn:TINY", model, changed, runs=runs)
-
-
-one = run("one device", "data=1")
+one = run(dataclasses.replace(config, name="one device", mesh="data=1"))
 
 # %% [markdown]
 # Eight devices: two copies of the batch's halves, parameters split in two over `fsdp`, widths split
 # in two over `model`.
 
 # %%
-eight = run("eight devices", "data=2,fsdp=2,model=2")
+eight = run(dataclasses.replace(config, name="eight devices", mesh="data=2,fsdp=2,model=2"))
 kernel = eight.state["params"]["core"]["mlp"]["gate"]["kernel"]
 print(kernel.shape, kernel.sharding.spec)
 jax.debug.visualize_array_sharding(kernel[0])
@@ -99,8 +95,8 @@ plt.show()
 # And the run that changes horses: fifteen steps on one device, fifteen on eight.
 
 # %%
-run("both", "data=1", steps=15)
-both = run("both", "data=4,fsdp=2")
+run(dataclasses.replace(config, name="both", mesh="data=1", steps=15))
+run(dataclasses.replace(config, name="both", mesh="data=4,fsdp=2"))
 print("loss at step 30:", {name: values[-1] for name, values in losses.items()})
 print("resumed on another mesh:", read(runs / "both" / "metrics.jsonl")[-2]["loss"])
 assert max(difference) < 1e-3

@@ -97,8 +97,8 @@ def merge_leading(x: jax.Array, kept: int) -> jax.Array:
     """Makes one axis of all but the last `kept`, for a product with weights.
 
     The gradient of the weights sums over those axes. On CPU a sum over one of them reads what is
-    there, while for several XLA first writes a transposed copy (a Huginn step takes 1.15 times as
-    long). Where time is split over devices x is returned as it is: its parts are not in a row.
+    there, while for several XLA first writes a transposed copy. Where time is split over devices x
+    is returned as it is: its parts are not in a row.
     """
     if time_axis() is not None:
         return x

@@ -225,8 +225,13 @@ def attend(
       (b t h k) in q's dtype.
 
     Raises:
-      ValueError: the method is unknown.
+      ValueError: the method is unknown, or the shapes do not fit.
     """
+    if q.ndim != 4 or k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "attend: q must be (b t h k), k and v both (b s g k) with h a multiple of g, got"
+            f" {q.shape}, {k.shape} and {v.shape}."
+        )
     if method not in get_args(Method):
         raise ValueError(f"attend: method must be one of {get_args(Method)}, got {method!r}.")
     blocked = functools.partial(_blocked, window=window)

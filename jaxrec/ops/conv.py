@@ -24,7 +24,21 @@ def causal_conv(
 
     Returns:
       y (b t e) in x's dtype and the next call's state.
+
+    Raises:
+      ValueError: the shapes do not fit.
     """
+    if (
+        (x.ndim, kernel.ndim) != (3, 2)
+        or {kernel.shape[1:], bias.shape} != {x.shape[2:]}
+        or state.shape != (x.shape[0], kernel.shape[0] - 1, x.shape[2])
+        or (reset is not None and reset.shape != x.shape[:2])
+    ):
+        raise ValueError(
+            "causal_conv: x must be (b t e), kernel (w e), bias (e), state (b w-1 e) and reset"
+            f" (b t), got {x.shape}, {kernel.shape}, {bias.shape}, {state.shape} and"
+            f" {None if reset is None else reset.shape}."
+        )
     time, width = x.shape[1], kernel.shape[0]
     inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
     since = None

@@ -44,11 +44,17 @@ def rotate(x: Array, angles: Rotation, pairing: Pairing) -> Array:
     If there are angles for the first channels only, the others stay as they are.
 
     Raises:
-      ValueError: the pairing is unknown.
+      ValueError: the pairing is unknown, or there are not as many angles as x has tokens, or more
+        than its heads have pairs of channels.
     """
     if pairing not in get_args(Pairing):
         raise ValueError(f"rotate: pairing must be one of {get_args(Pairing)}, got {pairing!r}.")
     width = 2 * angles.cos.shape[-1]
+    if x.ndim != 4 or angles.cos.shape[1] != x.shape[1] or width > x.shape[-1]:
+        raise ValueError(
+            f"rotate: x must be (b t h k) and angles (b t k/2) or fewer of them, got {x.shape} and"
+            f" {angles.cos.shape}."
+        )
     if width < x.shape[-1]:
         turned = rotate(x[..., :width], angles, pairing)
         return jnp.concatenate([turned, x[..., width:]], axis=-1)

@@ -11,9 +11,9 @@ from jaxrec.ops import attention
 from tests import references
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def open_view(cache, shape, segment_ids=None):
-    return attention.open_view(cache, shape, segment_ids)
+@functools.partial(jax.jit, static_argnames=("shape", "window"))
+def open_view(cache, shape, segment_ids=None, window=None):
+    return attention.open_view(cache, shape, segment_ids, window=window)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -56,6 +56,68 @@ def test_segments_see_themselves_only():
     """)
     np.testing.assert_array_equal(view.mask[0], want)
     np.testing.assert_array_equal(view.positions, [[0, 1, 0, 1, 2, 0]])
+
+
+def test_a_window_sees_the_last_tokens_of_the_same_segment():
+    view, _ = open_view(None, (1, 5), window=3)
+    want = mask("""
+        10000
+        11000
+        11100
+        01110
+        00111
+    """)
+    np.testing.assert_array_equal(view.mask[0], want)
+    view, _ = open_view(None, (1, 5), ids([1, 1, 2, 2, 2]), window=2)
+    want = mask("""
+        10000
+        11000
+        00100
+        00110
+        00011
+    """)
+    np.testing.assert_array_equal(view.mask[0], want)
+
+
+def test_a_ring_keeps_the_window_whatever_the_lengths_of_the_calls():
+    """Columns are the places of the ring of three and, with several tokens, then the new ones."""
+    _, cache = open_view(empty(3), (1, 2), window=3)  # tokens 0 1 at places 0 1
+    view, cache = open_view(cache, (1, 3), window=3)  # tokens 2 3 4 at places 2 0 1
+    want = mask("""
+        110100
+        010110
+        000111
+    """)
+    np.testing.assert_array_equal(view.mask[0], want)
+    np.testing.assert_array_equal(view.positions, [[2, 3, 4]])
+    view, cache = open_view(cache, (1, 1), window=3)  # token 5 takes the place of 2
+    np.testing.assert_array_equal(view.mask[0], mask("111"))
+    view, cache = open_view(cache, (1, 1), ids([7]), window=3)  # a document begins
+    np.testing.assert_array_equal(view.mask[0], mask("100"))
+    np.testing.assert_array_equal(view.positions, [[0]])
+
+
+def test_a_ring_holds_the_last_keys_each_at_its_place():
+    def column(*tokens):
+        return jnp.asarray(np.array(tokens, np.float32)[None, :, None, None].repeat(2, -1))
+
+    cache = empty(3)
+    _, cache = open_view(cache, (1, 2), window=3)
+    cache, k, _ = attention.extend(cache, 1, column(10, 11), column(10, 11), jnp.int32(0))
+    np.testing.assert_array_equal(k[0, :, 0, 0], [0, 0, 0, 10, 11])
+    start = cache.length
+    _, cache = open_view(cache, (1, 4), window=3)  # more than fit: the first is forgotten
+    new = column(12, 13, 14, 15)
+    cache, k, v = attention.extend(cache, 1, new, new, start)
+    np.testing.assert_array_equal(k[0, :, 0, 0], [10, 11, 0, 12, 13, 14, 15])
+    np.testing.assert_array_equal(v[0, :, 0, 0], [10, 11, 0, 12, 13, 14, 15])
+    kept, _ = attention.read(cache, 1)
+    np.testing.assert_array_equal(kept[0, :, 0, 0], [13, 14, 15])  # tokens 3 4 5
+    start = cache.length
+    _, cache = open_view(cache, (1, 1), window=3)
+    cache, k, _ = attention.extend(cache, 1, column(16), column(16), start)
+    np.testing.assert_array_equal(k[0, :, 0, 0], [16, 14, 15])
+    assert not np.any(cache.k[0])  # the other slot
 
 
 def test_a_cache_is_filled_from_the_left():
@@ -164,3 +226,14 @@ def test_an_unknown_method_is_named():
     view, _ = open_view(None, (1, 2))
     with pytest.raises(ValueError, match=r"attend: method must be one of .*got 'flash'"):
         attention.attend(q, q, q, view, method="flash")
+
+
+@pytest.mark.parametrize(
+    "k, v",
+    [((1, 2, 2, 2), (1, 2, 2, 3)), ((1, 2, 4, 2), (1, 2, 4, 2)), ((1, 2, 2, 4), (1, 2, 2, 4))],
+)
+def test_shapes_that_do_not_fit_are_named(k, v):
+    q, (k, v) = np.ones((1, 2, 6, 2), np.float32), (np.ones(x, np.float32) for x in (k, v))
+    view, _ = open_view(None, (1, 2))
+    with pytest.raises(ValueError, match=r"attend: q must be \(b t h k\), k and v both"):
+        attention.attend(q, k, v, view)

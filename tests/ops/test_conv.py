@@ -55,3 +55,18 @@ def test_the_window_is_float32_whatever_the_activations():
     y, window = conv(column(1, 2, 3, 4).astype(jnp.bfloat16), KERNEL, BIAS, column(8, 9))
     assert y.dtype == jnp.bfloat16
     assert window.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel": np.ones((3, 2), np.float32)},
+        {"bias": np.ones(2, np.float32)},
+        {"state": column(1, 2, 3)},
+        {"reset": np.ones((1, 3), bool)},
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change):
+    fits = {"kernel": KERNEL, "bias": BIAS, "state": column(8, 9), "reset": None}
+    with pytest.raises(ValueError, match=r"causal_conv: x must be \(b t e\), kernel \(w e\)"):
+        causal_conv(column(1, 2, 3, 4), **(fits | change))

@@ -78,3 +78,14 @@ def test_what_does_not_fit_is_named():
         rotary.rotation(POSITIONS, 7, 10000.0)
     with pytest.raises(ValueError, match=r"pairing must be one of .*'half'.*, got 'neox'"):
         rotary.rotate(heads(), rotary.rotation(POSITIONS, 8, 10000.0), "neox")
+    with pytest.raises(ValueError, match=r"rotate: x must be \(b t h k\) and angles"):
+        rotary.rotate(heads()[..., :6], rotary.rotation(POSITIONS, 8, 10000.0), "half")
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_channels_without_an_angle_stay(pairing):
+    x, angles = heads(), rotary.rotation(POSITIONS, 4, 10000.0)
+    got = rotary.rotate(x, angles, pairing)
+    np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(got[..., :4], rotary.rotate(x[..., :4], angles, pairing))
+    assert np.any(got[..., :4] != x[..., :4])

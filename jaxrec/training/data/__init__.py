@@ -1,6 +1,6 @@
 """Text for language models: corpora, tokenizers, split by document, token files, batches."""
 
-from jaxrec.training.data.batches import Batch, Batches, prefetch
+from jaxrec.training.data.batches import Batches, HostBatch, prefetch
 from jaxrec.training.data.corpora import (
     Document,
     corpus_sha256,
@@ -22,8 +22,8 @@ from jaxrec.training.data.tokenizers import (
 
 __all__ = [
     "TOKENIZER_FILE",
-    "Batch",
     "Batches",
+    "HostBatch",
     "ByteTokenizer",
     "Data",
     "Document",

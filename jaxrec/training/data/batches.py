@@ -18,7 +18,7 @@ from jaxrec.training.data.streams import TokenStream
 
 IGNORED = -100  # a label that does not count
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 Rows = slice | tuple[int, int]
 
 
@@ -87,7 +87,7 @@ class Batches:
         self._total = windows
         self._order = _shuffled(self.num_windows, seed) if shuffle else None
 
-    def __call__(self, step: int, rows: Rows = slice(None)) -> Batch:
+    def __call__(self, step: int, rows: Rows = slice(None)) -> HostBatch:
         """Returns the batch of a step, or these rows of it: slice(start, stop) or (start, stop).
 
         Raises:
@@ -104,7 +104,7 @@ class Batches:
         windows = chosen * self._total // self.num_windows  # the identity when all are used
         return self._gather(np.where(chosen < self.num_windows, windows, self._total))
 
-    def _gather(self, windows: np.ndarray) -> Batch:
+    def _gather(self, windows: np.ndarray) -> HostBatch:
         """The windows of these numbers, (b,) int64; numbers beyond the last are all padding."""
         count = len(self._tokens)
         begin = windows[:, None] * self.time  # (b 1)
@@ -122,12 +122,12 @@ class Batches:
 
 
 def prefetch(
-    batches: Callable[[int, Rows], Batch],
+    batches: Callable[[int, Rows], HostBatch],
     start: int = 0,
     stop: int | None = None,
     rows: Rows = slice(None),
     depth: int = 2,
-) -> Generator[tuple[int, Batch], None, None]:
+) -> Generator[tuple[int, HostBatch], None, None]:
     """Yields (step, batch) for start <= step < stop while a thread makes the next `depth` batches.
 
     Args:
@@ -140,7 +140,7 @@ def prefetch(
     Closing the iterator, or leaving it, ends the thread. What `batches` raises is raised here, at
     its step.
     """
-    waiting: deque[tuple[int, Future[Batch]]] = deque()
+    waiting: deque[tuple[int, Future[HostBatch]]] = deque()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
         for step in count(start) if stop is None else range(start, stop):
