@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.analysis.nonfinite import first_nonfinite, first_nonfinite_leaf
-from jaxrec.training.data import Batch
+from jaxrec.training.data import HostBatch
 from jaxrec.training.runs import Run
 from jaxrec.training.step import Steps, step_key
 
@@ -18,7 +18,7 @@ def explain_bad_step(
     state: dict[str, Any],
     step: int,
     depth: int | None,
-    batch: Batch,
+    batch: HostBatch,
     numbers: dict[str, Any],
     last_good: int | None,
 ) -> str:

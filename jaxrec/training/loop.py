@@ -19,7 +19,7 @@ from jaxrec.models.protocol import LanguageModelConfig
 from jaxrec.training import flops, sharding
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import TrainConfig
-from jaxrec.training.data import Batch, Batches, Data, load_data, prefetch
+from jaxrec.training.data import Batches, Data, HostBatch, load_data, prefetch
 from jaxrec.training.evaluation import Evaluation, evaluate
 from jaxrec.training.guard import explain_bad_step
 from jaxrec.training.metrics import MetricsLog, truncate_after
@@ -32,7 +32,7 @@ FINAL = 4
 
 Sample = Callable[[Any, Any], str]  # (model, tokenizer) -> text
 # Step, depth, metrics and batch of a step that the device may still work on.
-Settling = tuple[int, int | None, dict[str, jax.Array], Batch]
+Settling = tuple[int, int | None, dict[str, jax.Array], HostBatch]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,11 @@ from jaxrec.training.data.tokenizers import (
 __all__ = [
     "TOKENIZER_FILE",
     "Batches",
-    "HostBatch",
     "ByteTokenizer",
     "Data",
     "Document",
     "HFTokenizer",
+    "HostBatch",
     "StreamDecoder",
     "TokenStream",
     "Tokenizer",
