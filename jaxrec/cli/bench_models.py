@@ -104,7 +104,8 @@ def run(arguments: "bench.ModelsArguments") -> None:
     with timing.without_compilation_cache(), jax.set_mesh(build_mesh("data=1")):
         for system in arguments.systems:
             for part in arguments.parts:
-                report["results"].append(measure(system, part, sizes, rounds, peer))
+                beside = peer if part in arguments.beside else None
+                report["results"].append(measure(system, part, sizes, rounds, beside))
                 timing.say(f"{system}: {part} timed")
     timing.publish(report, as_json=arguments.json, out=arguments.out)
 

@@ -2,22 +2,23 @@
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from jaxrec import convert, models
-from jaxrec.models.protocol import LanguageModelConfig
 
 EXPERIMENTS = {
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
     "recurrentgemma": "experiments/linear_rnn_lm",
+    "sequence_classifier": "experiments/s4_lssl",
 }
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
     "mamba": "tests/golden/test_mamba.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
+    "sequence_classifier": "tests/golden/test_s5.py",
 }
 
 
@@ -66,7 +67,7 @@ def systems() -> list[dict[str, Any]]:
     for module in sorted(info.name for info in pkgutil.iter_modules(models.__path__)):
         sizes = vars(importlib.import_module(f"jaxrec.models.{module}"))
         for name, config in sizes.items():
-            if isinstance(config, type) or not isinstance(config, LanguageModelConfig):
+            if not is_dataclass(config) or isinstance(config, type):
                 continue
             abstract = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
             rows.append(

@@ -11,17 +11,44 @@ from flax import nnx
 from jaxrec import convert
 from jaxrec.cli.main import main
 from jaxrec.layers.s5 import S5Config
+from jaxrec.models.mamba import MambaConfig
+from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.training.runs import load_model
+from tests.convert.folders import shard
 from tests.training.small import HUGINN, write_text
+
+CONFIGS = {
+    "huginn": dataclasses.replace(HUGINN, vocab_size=260),
+    "recurrentgemma": RecurrentGemmaConfig(
+        vocab_size=260,
+        width=16,
+        recurrent_width=16,
+        heads=2,
+        mlp_width=24,
+        layers=3,
+        window=8,
+        context=8192,
+    ),
+    "mamba": MambaConfig(
+        vocab_size=260, width=16, layers=2, inner_width=32, step_rank=2, state_size=4
+    ),
+}
+SLOW = dict.fromkeys(("mamba", "recurrentgemma"), pytest.mark.slow)  # as Huginn, once more
+systems = pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=SLOW.get(name, ())) for name in CONFIGS]
+)
+
+
+def publish(system, folder):
+    """A checkpoint in the original's layout."""
+    config = CONFIGS[system]
+    convert.export(jax.jit(lambda: config.build(rngs=nnx.Rngs(3)))(), folder, system)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A checkpoint in the original's layout."""
-    folder = tmp_path_factory.mktemp("published") / "huginn"
-    config = dataclasses.replace(HUGINN, vocab_size=260)
-    convert.export(jax.jit(lambda: config.build(rngs=nnx.Rngs(3)))(), folder)
-    return folder
+    return publish("huginn", tmp_path_factory.mktemp("published") / "huginn")
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +60,31 @@ def layer(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, published, tmp_path):
-    run, back = tmp_path / "run", tmp_path / "back"
-    assert main(["convert", "huginn", str(published), str(run)]) == 0
+@systems
+def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, system, tmp_path):
+    """In several files there; generated from, evaluated, trained on; and back."""
+    published = publish(system, tmp_path / "published")
+    tensors = convert.engine.read_tensors(published)
+    shard(published)
+    run, back = tmp_path / "converted", tmp_path / "back"
+    assert main(["convert", system, str(published), str(run)]) == 0
     assert "jaxrec generate" in capsys.readouterr().out
     assert main(["generate", str(run), "--prompt", "ab", "--tokens", "3"]) == 0
-    assert main(["convert", "huginn", str(run), str(back), "--export"]) == 0
-    there, here = (convert.engine.read_tensors(folder) for folder in (published, back))
-    assert there.keys() == here.keys()
-    for name, tensor in there.items():
-        np.testing.assert_array_equal(here[name], tensor, err_msg=name)
+    assert main(["convert", system, str(run), str(back), "--export"]) == 0
+    exported = convert.engine.read_tensors(back)
+    assert exported.keys() == tensors.keys()
+    for name, tensor in exported.items():
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
 
-
-def test_training_goes_on_from_a_checkpoint(capsys, published, tmp_path):
-    text = write_text(tmp_path / "text")
-    converted, runs = tmp_path / "converted", tmp_path / "runs"
-    assert main(["convert", "huginn", str(published), str(converted)]) == 0
+    text, runs = write_text(tmp_path / "text"), tmp_path / "runs"
     options = ["--data", str(text), "--data.valid-fraction", "0.2", "--runs", str(runs)]
     options += ["--batch", "2", "--time", "16", "--eval-batches", "1", "--eval-depths", "1"]
     options += ["--optimizer.ema-decay", "0.9"]
-    assert main(["train", str(converted), "--steps", "2", *options]) == 0
+    capsys.readouterr()
+    assert main(["train", str(run), "--steps", "2", *options]) == 0
     said = capsys.readouterr().out
     (go_on,) = [line for line in said.splitlines() if line.startswith("Go on:")]
-    before, after = (load_model(run) for run in (converted, runs / "converted-on"))
+    before, after = (load_model(folder) for folder in (run, runs / "converted-on"))
     assert after.run.model_config == before.run.model_config
     drift = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.model, after.model)
     moved = max(jax.tree.leaves(drift))
@@ -63,6 +92,9 @@ def test_training_goes_on_from_a_checkpoint(capsys, published, tmp_path):
     words = shlex.split(go_on.partition("train ")[2])
     assert main(["train", *words]) == 0  # the printed command goes on with the new run
     assert load_model(runs / "converted-on").step == 4
+    capsys.readouterr()
+    assert main(["eval", str(runs / "converted-on"), "--json"]) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

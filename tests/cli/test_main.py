@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from jaxrec.cli import list_systems
 from jaxrec.cli.main import COMMANDS, main, program
 from jaxrec.cli.train import command_line, parse
 from jaxrec.models import huginn, linear_rnn
@@ -224,11 +225,13 @@ def test_a_configuration_file(capsys, text, tmp_path):
     assert "Did you mean width?" in refused(capsys, *argv)
 
 
-def test_list_names_every_model(capsys):
+def test_list_names_every_model(capsys, monkeypatch):
     assert main(["list", "--json"]) == 0
     rows = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
     assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] > 0
+    assert rows["jaxrec.models.sequence_classifier:LRA_IMAGE"]["experiment"]
+    monkeypatch.setattr(list_systems, "systems", lambda: list(rows.values()))  # counting takes time
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "jaxrec.models.huginn:TINY" in shown

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from jaxrec import convert
 
@@ -21,3 +22,17 @@ def assert_loads_as(system, folder, model):
     assert again.config == model.config
     for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def shard(folder):
+    """Cuts a checkpoint into two files with an index; returns their names."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return sorted(set(weight_map.values()))

@@ -5,12 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxrec import convert
 from jaxrec.errors import UserError
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
-from tests.convert.folders import assert_loads_as, change
+from tests.convert.folders import assert_loads_as, change, shard
 from tests.models import toy
 
 CONFIG = RecurrentGemmaConfig(
@@ -58,20 +58,6 @@ def test_layers_go_to_their_place_in_the_pattern(folder):
         np.testing.assert_array_equal(tensors[f"{block}.weight"].T, kernel)
         bias = key_value.bias[1, place].reshape(8)
         np.testing.assert_array_equal(tensors[f"{block}.bias"], bias)
-
-
-def shard(folder):
-    """Cuts the checkpoint into two files with an index; returns their names."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for i, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    text = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(text)
-    return sorted(set(weight_map.values()))
 
 
 def test_shards_are_joined_and_a_missing_one_is_named(folder):
