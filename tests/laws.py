@@ -58,6 +58,7 @@ class Subject:
     bf16: error in units of bfloat16's epsilon, 2^-7; None: there are no such inputs.
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
+    composed: a whole model, whose layers are subjects too: some laws are slow tests for it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Subject:
     bf16: float | None = 1.0
     log_trace: bool = False
     trained: bool = False
+    composed: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -406,6 +408,7 @@ def language_model(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
         start=lambda model, b, t: model.init_state(b, capacity=t),
         call=lambda model, x, state, reset: model(x, state, segment_ids=segment_ids(reset)),
         loop=begun,
+        composed=True,
         **fields,
     )
 
@@ -444,6 +447,7 @@ def huginn(name: str, *, cached: bool, depth: int = 2, **options: Any) -> Subjec
         gradient_gap=5e-6,  # two loops over normalised streams amplify
         bf16=6.0,
         trained=not cached,
+        composed=True,
     )
 
 
@@ -598,11 +602,26 @@ LOOPS = [
 ]
 
 subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-keeping_state = pytest.mark.parametrize(
-    "subject", [s for s in SUBJECTS if s.case(1, 1)[2] is not None], ids=str
-)
+KEEPING_STATE = [s for s in SUBJECTS if s.case(1, 1)[2] is not None]
+keeping_state = pytest.mark.parametrize("subject", KEEPING_STATE, ids=str)
 loops = pytest.mark.parametrize("loop", LOOPS, ids=str)
-lengths = pytest.mark.parametrize("time", [1, 2, 63, 100])
+
+
+def for_each(name: str, values: list[int], of: list[Subject], quick: int) -> pytest.MarkDecorator:
+    """Every subject with every value; for whole models, those other than `quick` are slow."""
+    return pytest.mark.parametrize(
+        ("subject", name),
+        [
+            pytest.param(
+                subject,
+                value,
+                id=f"{value}-{subject}",
+                marks=pytest.mark.slow if subject.composed and value != quick else (),
+            )
+            for subject in of
+            for value in values
+        ],
+    )
 
 
 # 1. It equals the plain float64 loop
@@ -733,8 +752,7 @@ def test_every_gradient_of_a_loop_equals_the_loops(loop, n):
 # 3. A sequence may be cut anywhere and continued from the state
 
 
-@keeping_state
-@pytest.mark.parametrize("cut", [1, 6, 11])
+@for_each("cut", [1, 6, 11], KEEPING_STATE, quick=6)
 def test_a_sequence_may_be_cut_anywhere(subject, cut):
     params, x, state, _ = case = subject.case(3, 12)
     whole = subject.jit(*case)
@@ -830,8 +848,7 @@ def test_the_past_does_not_see_the_future(subject, now):
 # 7. Any length
 
 
-@subjects
-@lengths
+@for_each("time", [1, 2, 63, 100], SUBJECTS, quick=63)
 def test_any_length(subject, time):
     check_equals_the_loop(subject, subject.case(3, time))
 
