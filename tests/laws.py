@@ -35,7 +35,7 @@ from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.time import dense_scan, linear_scan, selective_scan
+from jaxrec.ops.time import dense_scan, linear_scan, matrix_scan, selective_scan
 from tests import references
 
 EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
@@ -251,6 +251,52 @@ def selective(method: str) -> Subject:
             x["x"], x["dt"], params["a"], x["b"], x["c"], h, reset
         ),
     )
+
+
+def matrix(
+    rule: str, decay: str | None, method: str, chunk: int = 4, normalise: float | None = None
+) -> Subject:
+    """`matrix_scan` with a decay of each head, of each key, or none; keys of length 1 for the delta
+    rule, and nothing negative where sums of it divide.
+    """
+    heads, keys, values = 2, 4, 3
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        shape = (batch, time, heads)
+        x = {"q": draw(rng, (*shape, keys)), "k": draw(rng, (*shape, keys))}
+        x["v"] = draw(rng, (*shape, values))
+        if decay is not None:
+            x["g"] = draw(rng, shape if decay == "head" else (*shape, keys))
+        if rule == "delta":
+            x["beta"] = draw(rng, shape)
+        return {}, x
+
+    def start(params: Any, batch: int, time: int) -> Any:
+        return np.zeros((batch, heads, keys, values + (normalise is not None)), np.float32)
+
+    def prepared(np: Any, x: Any, state: Any) -> tuple[Any, ...]:
+        q, k, g, beta = x["q"], x["k"], x.get("g"), x.get("beta")
+        if normalise is not None:
+            q, k = np.abs(q), np.abs(k)
+            state = np.concatenate([state[..., :-1], np.abs(state[..., -1:])], axis=-1)
+        if rule == "delta":
+            k = k / np.sqrt(np.sum(k * k, axis=-1, keepdims=True))
+            beta = 1 / (1 + np.exp(-beta))
+        return q, k, x["v"], None if g is None else -np.abs(g), beta, state
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        q, k, v, g, beta, state = prepared(jnp, x, state)
+        options = {"rule": rule, "normalise": normalise, "chunk": chunk, "method": method}
+        return matrix_scan(q, k, v, g, state, beta=beta, reset=reset, **options)
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        q, k, v, g, beta, state = prepared(np, x, state)
+        g = np.zeros_like(v[..., :1]) if g is None else g.reshape(*v.shape[:3], -1)
+        return references.matrix_scan(q, k, v, g, beta, state, reset, normalise)
+
+    kind = "no decay" if decay is None else f"decay of each {decay}"
+    name = f"matrix_scan {rule} {kind}{' normalised' if normalise else ''} {method}"
+    return Subject(name=name, inputs=inputs, start=start, run=run, loop=loop)
 
 
 def convolution() -> Subject:
@@ -566,6 +612,12 @@ SUBJECTS = [
         for reverse in (False, True)
     ),
     *(selective(method) for method in ("sequential", "chunked")),
+    *(matrix("gated", decay, "chunkwise") for decay in (None, "head")),
+    *(matrix("delta", decay, "chunkwise") for decay in (None, "head", "key")),
+    matrix("gated", "key", "chunkwise", chunk=16),
+    matrix("gated", "head", "chunkwise", normalise=0.1),
+    matrix("gated", "key", "sequential"),
+    matrix("delta", "head", "sequential"),
     convolution(),
     attention("Attention", cached=False),
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),

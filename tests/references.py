@@ -30,6 +30,22 @@ def selective_scan(x, dt, a, b, c, h, reset):
     return np.stack(out, axis=1), h
 
 
+def matrix_scan(q, k, v, g, beta, state, reset, epsilon=None):
+    """beta None: the gated rule. g is (b t h 1) or (b t h k)."""
+    if epsilon is not None:
+        v = np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
+    out = []
+    for t in range(q.shape[1]):
+        state = np.exp(g[:, t])[..., None] * np.where(spread(reset[:, t], state), 0, state)
+        new = v[:, t]
+        if beta is not None:
+            new = beta[:, t, :, None] * (new - np.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + k[:, t][..., None] * new[..., None, :]
+        out.append(np.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    y = np.stack(out, axis=1)
+    return y if epsilon is None else y[..., :-1] / (y[..., -1:] + epsilon), state
+
+
 def causal_conv(x, kernel, bias, window, reset):
     out = []
     for t in range(x.shape[1]):

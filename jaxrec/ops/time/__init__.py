@@ -7,6 +7,7 @@ from jaxrec.ops.time.lti import (
     fft_conv,
     krylov,
 )
+from jaxrec.ops.time.matrix_scan import matrix_scan
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
 from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_selective_scan
@@ -18,6 +19,7 @@ __all__ = [
     "fft_conv",
     "krylov",
     "linear_scan",
+    "matrix_scan",
     "selective_scan",
     "sharded_linear_scan",
     "sharded_selective_scan",

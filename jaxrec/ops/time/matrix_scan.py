@@ -1,0 +1,553 @@
+"""The linear recurrence whose state is a matrix: keys write values into it, queries read it.
+
+    gated   S_t = exp(g_t) S_{t-1} + k_t v_t^T                                    y_t = S_t^T q_t
+    delta   S' = exp(g_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T     y_t = S_t^T q_t
+
+The delta rule takes out what the state holds for k_t before it writes. With the right decays these
+are linear attention, RetNet, GLA, Mamba-2's scan, DeltaNet, Gated DeltaNet and KDA.
+
+In the chunkwise form a chunk of time is an affine map of the state S that enters it. With b_i the
+sum of g_1 .. g_i, A_ij = (q_i e^{b_i - b_j}) . k_j for i >= j, and a weight e^{b_i} on row i of Q,
+
+    gated   y = A V + (Q e^b) S,                      S <- e^{b_C} S + (K e^{b_C - b})^T V
+    delta   (I + strictly lower(beta A_kk)) [U W] = beta [V  (K e^b)],   the same with V = U - W S,
+
+where A_kk is A of keys with keys. All chunks find their maps at once, the maps run one after the
+other, and then all chunks read at once. The gradient is written by hand: the same maps, transposed,
+run from the last to the first, and what is inside the chunks is computed again.
+
+Yang et al., Gated linear attention transformers with hardware-efficient training (2023),
+arXiv:2312.06635, section 4; Yang et al., Parallelizing linear transformers with the delta rule over
+sequence length (2024), arXiv:2406.06484, section 3; Yang et al., Gated delta networks (2024),
+arXiv:2412.06464; Kimi Linear (2025), arXiv:2510.26692 (KDA).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxrec.ops.time.scan import linear_scan, shifted
+
+Rule = Literal["gated", "delta"]
+Method = Literal["auto", "sequential", "chunkwise"]
+
+FEW_STEPS = 4
+"""Up to here "auto" takes one step after the other."""
+
+FORWARD_SUBSTITUTION = 8
+"""Blocks of this size are inverted row by row, larger ones from their quarters."""
+
+
+class Inputs(NamedTuple):
+    """What the steps take, (b t h ...), or (b n h c ...) in n chunks of c steps."""
+
+    q: Array  # (b t h k)
+    k: Array  # (b t h k)
+    v: Array  # (b t h v)
+    log_decay: Array | None  # (b t h 1) or (b t h k); None: no decay
+    beta: Array | None  # (b t h 1); None: the gated rule
+
+
+def matrix_scan(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    state: Array | None = None,
+    *,
+    beta: Array | None = None,
+    rule: Rule = "gated",
+    normalise: float | None = None,
+    reset: Array | None = None,
+    chunk: int = 64,
+    method: Method = "auto",
+) -> tuple[Array, Array]:
+    """Runs S_t = exp(g_t) S_{t-1} + k_t v_t^T, or the delta rule, and reads y_t = S_t^T q_t.
+
+    Args:
+      q: queries (b t h k), t >= 1; not scaled here.
+      k: keys (b t h k); not normalised here. The delta rule multiplies the state by
+        I - beta_t k_t k_t^T, which only contracts if beta_t |k_t|^2 <= 2: normalise its keys.
+      v: values (b t h v).
+      log_decay: g <= 0, (b t h) for every head or (b t h k) for every row of its state; None: 0.
+      state: S before the first step, (b h k v) float32; zero if None.
+      beta: how much of the old value the delta rule replaces, (b t h); None: all, 1.
+      rule: "gated" or "delta".
+      normalise: None, or epsilon of y_t / (z_t . q_t + epsilon), with z the equally decayed sum of
+        the keys; gated rule only. z is the last column of the state, which is (b h k v+1) then.
+      reset: bool (b t). True: the state that enters this step is zero. It is a decay of zero: a
+        state that has overflowed to infinity is not stopped by it.
+      chunk: steps that are worked on together, at the cost of c x c products for each head, rounded
+        up to a power of two; the gradient keeps t / chunk states.
+      method: "sequential" is one loop over time, the definition; "chunkwise" has depth t / chunk
+        and consists of matrix products; "auto" is sequential for up to 4 steps.
+
+    Returns:
+      y (b t h v) in v's dtype, and the last state, float32 (float64 for such inputs), ready to be
+      the next call's `state`. Decays, sums and the state itself are in the dtype of the state. Log
+      decays below -128 (float64: -1024) count as that, whose exponential is zero.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, t is 0, chunk is below 1, the rule or the method is
+        unknown, beta comes without the delta rule, normalise with it, or a log decay is positive.
+        Under `jit`, where its value is not known, a positive one makes NaN from its step on.
+    """
+    inputs, state = prepare(
+        "matrix_scan", q, k, v, log_decay, state, beta, rule, normalise, reset, chunk
+    )
+    if method not in get_args(Method):
+        raise ValueError(f"matrix_scan: method must be one of {get_args(Method)}, got {method!r}.")
+    time = q.shape[1]
+    if method == "sequential" or (method == "auto" and time <= FEW_STEPS):
+        y, last = _sequential(inputs, state, chunk)
+    else:
+        y, last = _chunkwise(inputs, state, chunk, _is_narrow(q, k, v))
+    return finished(y, normalise, v.dtype), last
+
+
+def prepare(
+    name: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    state: Array | None,
+    beta: Array | None,
+    rule: Rule,
+    normalise: float | None,
+    reset: Array | None,
+    chunk: int,
+) -> tuple[Inputs, Array]:
+    """The arguments of `matrix_scan`, checked, in the dtype of the state, with resets in the decay
+    and what `normalise` adds to the values.
+    """
+    wide = _check(name, q, k, v, log_decay, state, beta, rule, normalise, reset, chunk)
+    batch, _, heads, keys = q.shape
+    v = v.astype(wide)
+    if normalise is not None:
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    if state is None:
+        state = jnp.zeros((batch, heads, keys, v.shape[-1]), wide)
+    if log_decay is not None:
+        g = log_decay.astype(wide)
+        g = jnp.where(g > 0, jnp.nan, jnp.maximum(g, _zero_decay(wide)))
+        log_decay = g[..., None] if g.ndim == 3 else g
+    if reset is not None:
+        if log_decay is None:
+            log_decay = jnp.zeros_like(v[..., :1])
+        log_decay = jnp.where(reset[:, :, None, None], _zero_decay(wide), log_decay)
+    if rule == "delta":
+        beta = jnp.ones_like(v[..., :1]) if beta is None else beta.astype(wide)[..., None]
+    inputs = Inputs(q.astype(wide), k.astype(wide), v, log_decay, beta)
+    return inputs, state.astype(wide)
+
+
+def finished(y: Array, normalise: float | None, dtype: Any) -> Array:
+    """What is returned of what the state was read as."""
+    if normalise is not None:
+        y = y[..., :-1] / (y[..., -1:] + normalise)
+    return y.astype(dtype)
+
+
+def _zero_decay(dtype: Any) -> float:
+    """A log decay whose exponential is zero, and so small that sums of it keep many digits."""
+    return -128.0 if dtype == jnp.float32 else -1024.0
+
+
+def _is_narrow(*arrays: Array) -> bool:
+    return all(jnp.finfo(x.dtype).bits < 32 for x in arrays)
+
+
+def _check(
+    name: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    state: Array | None,
+    beta: Array | None,
+    rule: Rule,
+    normalise: float | None,
+    reset: Array | None,
+    chunk: int,
+) -> jnp.dtype:
+    """Refuses what does not fit; returns the dtype in which the recurrence runs."""
+    if rule not in get_args(Rule):
+        raise ValueError(f"{name}: rule must be one of {get_args(Rule)}, got {rule!r}.")
+    if chunk < 1:
+        raise ValueError(f"{name}: chunk must be >= 1, got {chunk}.")
+    if beta is not None and rule != "delta":
+        raise ValueError(f"{name}: beta belongs to the delta rule, got rule={rule!r}.")
+    if normalise is not None and rule != "gated":
+        raise ValueError(f"{name}: normalise belongs to the gated rule, got rule={rule!r}.")
+    given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "state": state}
+    floats = {letter: x for letter, x in given.items() if x is not None}
+    for letter, x in floats.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: {letter} must be real floats, got {x.dtype}.")
+    if q.ndim != 4:
+        raise ValueError(f"{name}: q must be (b t h k), got shape {q.shape}.")
+    batch, time, heads, keys = q.shape
+    if time == 0:
+        raise ValueError(f"{name}: needs at least one step, got t = 0 in q of shape {q.shape}.")
+    if k.shape != q.shape:
+        raise ValueError(f"{name}: k must be (b t h k) = {q.shape} as q, got {k.shape}.")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"{name}: v must be (b t h v) with (b t h) = {q.shape[:3]} as in q, got {v.shape}."
+        )
+    if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
+        raise ValueError(
+            f"{name}: log_decay must be (b t h) = {q.shape[:3]} or (b t h k) = {q.shape},"
+            f" got {log_decay.shape}."
+        )
+    if beta is not None and beta.shape != q.shape[:3]:
+        raise ValueError(f"{name}: beta must be (b t h) = {q.shape[:3]}, got {beta.shape}.")
+    extra = "" if normalise is None else "+1"
+    wanted = (batch, heads, keys, v.shape[-1] + (normalise is not None))
+    if state is not None and state.shape != wanted:
+        raise ValueError(f"{name}: state must be (b h k v{extra}) = {wanted}, got {state.shape}.")
+    if reset is not None and (reset.shape != (batch, time) or reset.dtype != jnp.bool_):
+        raise ValueError(
+            f"{name}: reset must be bool (b t) = {(batch, time)}, got {reset.dtype} {reset.shape}."
+        )
+    known = log_decay is not None and not isinstance(log_decay, jax.core.Tracer)
+    if known and np.any(np.asarray(log_decay) > 0):
+        raise ValueError(
+            f"{name}: log_decay must be <= 0, the logarithm of a decay of at most 1,"
+            f" got {np.max(np.asarray(log_decay))}."
+        )
+    is_double = any(x.dtype == jnp.float64 for x in floats.values())
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
+def _sequential(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]:
+    """One step after the other. The gradient keeps the states between chunks, and computes those
+    inside of one chunk again at a time.
+    """
+
+    def step(state: Array, now: Inputs) -> tuple[Array, Array]:
+        q, k, v, log_decay, beta = now
+        if log_decay is not None:
+            state = jnp.exp(log_decay)[..., None] * state
+        if beta is not None:
+            held = jnp.sum(state * k[..., None], axis=-2)
+            v = beta * (v - held)
+        state = state + k[..., None] * v[..., None, :]
+        return state, jnp.sum(state * q[..., None], axis=-2)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def stretch(state: Array, steps: Inputs) -> tuple[Array, Array]:
+        return lax.scan(step, state, steps)
+
+    time = inputs.q.shape[1]
+    chunk = _whole_chunk(time, chunk)
+    # (n c b h ...): a step reads one stretch of memory
+    chunks = jax.tree.map(lambda x: jnp.moveaxis(x, (1, 3), (0, 1)), _to_chunks(inputs, chunk))
+    last, y = lax.scan(stretch, state, chunks)
+    return _from_chunks(jnp.moveaxis(y, (0, 1), (1, 3)), time), last
+
+
+def _whole_chunk(time: int, chunk: int) -> int:
+    """A power of two, so that halves have halves, and no longer than it takes."""
+    return 1 << (min(time, chunk) - 1).bit_length()
+
+
+def _to_chunks(inputs: Inputs, chunk: int) -> Inputs:
+    """(b t h ...) to (b n h c ...)."""
+    return jax.tree.map(functools.partial(_cut, chunk=chunk), inputs)
+
+
+def _cut(x: Array, chunk: int) -> Array:
+    """(b t h ...) to (b n h c ...). The last chunk is filled with zeros, which are steps that leave
+    the state as it is.
+    """
+    batch, time, *rest = x.shape
+    chunks = -(-time // chunk)
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - time)] + [(0, 0)] * len(rest))
+    return jnp.swapaxes(x.reshape(batch, chunks, chunk, *rest), 2, 3)
+
+
+def _from_chunks(y: Array, time: int) -> Array:
+    """(b n h c v) to (b t h v)."""
+    batch, chunks, heads, chunk, width = y.shape
+    return jnp.swapaxes(y, 2, 3).reshape(batch, chunks * chunk, heads, width)[:, :time]
+
+
+# The chunkwise form
+
+
+class _Maps(NamedTuple):
+    """What every chunk does with the state S that enters it.
+
+    y = alone + reads S,   S <- decay * S - taken_out S + entering
+    """
+
+    alone: Array  # (b n h c v)
+    reads: Array  # (b n h c k)
+    decay: Array  # (b n h 1 1) or (b n h k 1)
+    taken_out: Array | None  # (b n h k k); None under the gated rule
+    entering: Array  # (b n h k v)
+
+
+States = Callable[..., tuple[Array, Array]]
+"""Runs the maps: `chunk_states`, or the same over several devices."""
+
+
+def chunk_states(
+    decay: Array, taken_out: Array | None, entering: Array, state: Array, *, reverse: bool
+) -> tuple[Array, Array]:
+    """The states that enter each chunk, (b n h k v), and the last, all in the direction of the run.
+
+    Args:
+      decay: see `_Maps`, as are the next two.
+      taken_out: see `_Maps`.
+      entering: see `_Maps`.
+      state: what enters the first chunk, (b h k v).
+      reverse: the first chunk is the last in time.
+    """
+    if taken_out is None:
+        after, last = linear_scan(decay, entering, state, reverse=reverse)
+        return shifted(after, state, towards_start=reverse), last
+
+    def step(state: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        decay, taken_out, entering = chunk
+        # Apart from each other, so that what stays is not rounded with the product's precision.
+        return decay * state - jnp.matmul(taken_out, state) + entering, state
+
+    maps = (decay, taken_out, entering)
+    chunks = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), maps)
+    last, before = lax.scan(step, state, chunks, reverse=reverse)
+    return jnp.swapaxes(before, 0, 1), last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _chunkwise(inputs: Inputs, state: Array, chunk: int, narrow: bool) -> tuple[Array, Array]:
+    y, last, _ = forward(inputs, state, chunk, narrow, chunk_states)
+    return y, last
+
+
+def _chunkwise_forward(inputs, state, chunk, narrow):  # type: ignore[no-untyped-def]
+    y, last, states = forward(inputs, state, chunk, narrow, chunk_states)
+    return (y, last), (inputs, states)
+
+
+def _chunkwise_backward(chunk, narrow, residuals, cotangents):  # type: ignore[no-untyped-def]
+    (inputs, states), (dy, dlast) = residuals, cotangents
+    return backward(inputs, states, dy, dlast, chunk, narrow, chunk_states)
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+def forward(
+    inputs: Inputs, state: Array, chunk: int, narrow: bool, run: States
+) -> tuple[Array, Array, Array]:
+    """y (b t h v), the last state, and the states that enter each chunk (b n h k v).
+
+    Args:
+      inputs: of all steps.
+      state: S before the first step.
+      chunk: see `matrix_scan`.
+      narrow: the inputs had fewer digits than the products that a device prefers.
+      run: runs the maps of the chunks.
+    """
+    with _precision(narrow):
+        maps = _maps(inputs, chunk)
+        states, last = run(maps.decay, maps.taken_out, maps.entering, state, reverse=False)
+        y = maps.alone + jnp.matmul(maps.reads, states)
+    return _from_chunks(y, inputs.q.shape[1]), last, states
+
+
+def backward(
+    inputs: Inputs, states: Array, dy: Array, dlast: Array, chunk: int, narrow: bool, run: States
+) -> tuple[Inputs, Array]:
+    """The gradient to the inputs and to the state before the first step; see `forward`."""
+    with _precision(narrow):
+        maps, pull_back = jax.vjp(lambda inputs: _maps(inputs, chunk), inputs)
+        dy = _cut(dy, maps.alone.shape[3])
+        read = jnp.matmul(jnp.swapaxes(maps.reads, -1, -2), dy)
+        taken_out = None if maps.taken_out is None else jnp.swapaxes(maps.taken_out, -1, -2)
+        dstates, dstate = run(maps.decay, taken_out, read, dlast, reverse=True)
+        across = jnp.swapaxes(states, -1, -2)
+        kept = jnp.sum(dstates * states, axis=-1, keepdims=True)
+        if maps.decay.shape[-2] == 1:
+            kept = jnp.sum(kept, axis=-2, keepdims=True)
+        (dinputs,) = pull_back(
+            _Maps(
+                alone=dy,
+                reads=jnp.matmul(dy, across),
+                decay=kept,
+                taken_out=None if taken_out is None else -jnp.matmul(dstates, across),
+                entering=dstates,
+            )
+        )
+    return dinputs, dstate
+
+
+def _precision(narrow: bool) -> Any:
+    """Products of float32 are exact to float32, which accelerators do not do by themselves."""
+    return contextlib.nullcontext() if narrow else jax.default_matmul_precision("highest")
+
+
+def _maps(inputs: Inputs, chunk: int) -> _Maps:
+    """The map of every chunk."""
+    q, k, v, log_decay, beta = _to_chunks(inputs, _whole_chunk(inputs.q.shape[1], chunk))
+    sums = None if log_decay is None else _running_sums(log_decay)
+    keys_at_end, reads, decay = k, q, jnp.ones_like(k[..., :1, :1])
+    if sums is not None:
+        since_begin, until_end = jnp.exp(sums.total()), jnp.exp(sums.row(-1).minus(sums))
+        keys_at_end, reads = k * until_end, q * since_begin
+        decay = jnp.swapaxes(since_begin[..., -1:, :], -1, -2)
+    within = _decayed_products(q, k, sums)
+    taken_out = None
+    if beta is not None:
+        # Row i of the system: what step i writes, once all before it have.
+        system = jnp.tril(beta * _decayed_products(k, k, sums), -1)
+        keys_at_begin = k if sums is None else k * since_begin
+        written = _solve(system, beta * jnp.concatenate([v, keys_at_begin], axis=-1))
+        v, missing = written[..., : v.shape[-1]], written[..., v.shape[-1] :]
+        reads = reads - jnp.matmul(within, missing)
+        taken_out = jnp.matmul(jnp.swapaxes(keys_at_end, -1, -2), missing)
+    entering = jnp.matmul(jnp.swapaxes(keys_at_end, -1, -2), v)
+    return _Maps(jnp.matmul(within, v), reads, decay, taken_out, entering)
+
+
+class _Sums(NamedTuple):
+    """Running sums of log decays, in two parts whose differences lose no digits.
+
+    A chunk may hold a decay of 1e-38 and then some of 0.9999: the difference of two plain sums has
+    the absolute error of the largest. The coarse part holds multiples of a power of two, of which
+    all sums are exact; the fine part is small.
+    """
+
+    coarse: Array
+    fine: Array
+
+    def total(self) -> Array:
+        return self.coarse + self.fine
+
+    def minus(self, other: "_Sums") -> Array:
+        return (self.coarse - other.coarse) + (self.fine - other.fine)
+
+    def map(self, function: Callable[[Array], Array]) -> "_Sums":
+        return _Sums(function(self.coarse), function(self.fine))
+
+    def row(self, i: int) -> "_Sums":
+        """Step i alone, as an axis of size 1."""
+        return self.map(lambda x: x[..., i, None, :])
+
+
+def _running_sums(log_decay: Array) -> _Sums:
+    """Sums over the steps (... c k) up to and with each."""
+    largest = -log_decay.shape[-2] * _zero_decay(log_decay.dtype)
+    digits = jnp.finfo(log_decay.dtype).nmant
+    unit = 2.0 ** (np.ceil(np.log2(largest)) - digits)
+    coarse = lax.stop_gradient(jnp.round(log_decay / unit) * unit)
+    return _Sums(coarse, log_decay - coarse).map(lambda x: jnp.cumsum(x, axis=-2))
+
+
+def _decayed_products(x: Array, k: Array, sums: _Sums | None) -> Array:
+    """A_ij = sum_k x_ik k_jk exp(b_ik - b_jk) for i >= j, otherwise 0, (... c c), from x and keys
+    (... c k) and sums b (... c 1) or (... c k). No exponential of a positive number is taken.
+    """
+    seen = np.tri(x.shape[-2], dtype=bool)
+    if sums is None or sums.fine.shape[-1] == 1:
+        products = jnp.matmul(x, jnp.swapaxes(k, -1, -2))
+        if sums is None:
+            return jnp.where(seen, products, 0)
+        return products * _exp(seen, sums.minus(sums.map(lambda b: jnp.swapaxes(b, -1, -2))))
+    products = jnp.sum(x * k, axis=-1)[..., None, None]  # (... c 1 1), then stretches twice as long
+    while products.shape[-1] < x.shape[-2]:
+        products = _merged(products, _between_halves(x, k, sums, products.shape[-1]))
+    return products[..., 0, :, :]
+
+
+def _between_halves(x: Array, k: Array, sums: _Sums, size: int) -> Array:
+    """What the later half of every stretch of 2 `size` steps sees of the earlier, (... m s s).
+
+    The decay parts in two: since the later half began, and from then back; both below 1.
+    """
+    (earlier, _), (_, later) = _halves(k, size), _halves(x, size)
+    coarse, fine = _halves(sums.coarse, size), _halves(sums.fine, size)
+    b_earlier, b_later = _Sums(coarse[0], fine[0]), _Sums(coarse[1], fine[1])
+    border = b_later.row(0)
+    later = later * jnp.exp(b_later.minus(border))
+    earlier = earlier * jnp.exp(border.minus(b_earlier))
+    return jnp.matmul(later, jnp.swapaxes(earlier, -1, -2))
+
+
+def _halves(x: Array, size: int) -> tuple[Array, Array]:
+    """The first and second half of every stretch of 2 `size` rows: (... c k) to (... m size k)."""
+    x = x.reshape(*x.shape[:-2], x.shape[-2] // (2 * size), 2, size, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _merged(blocks: Array, corners: Array) -> Array:
+    """Lower triangular blocks (... 2m s s) two by two, and what lies below the first and left of
+    the second, (... m s s): (... m 2s 2s).
+    """
+    first, second = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([corners, second], axis=-1)], axis=-2)
+
+
+@jax.custom_vjp
+def _solve(system: Array, right: Array) -> Array:
+    """(I + system)^-1 right, for a system (... c c) that is zero on and above the diagonal."""
+    return jnp.matmul(_inverse(system), right)
+
+
+def _solve_forward(system: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    inverse = _inverse(system)
+    solution = jnp.matmul(inverse, right)
+    return solution, (inverse, solution)
+
+
+def _solve_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    inverse, solution = residuals
+    dright = jnp.matmul(jnp.swapaxes(inverse, -1, -2), cotangent)
+    return -jnp.matmul(dright, jnp.swapaxes(solution, -1, -2)), dright
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _inverse(system: Array) -> Array:
+    """(I + system)^-1, from the inverses of blocks on the diagonal.
+
+    Not LAPACK's solver: on CPU it takes milliseconds for systems of this size.
+    """
+    steps = system.shape[-1]
+    size = min(steps, FORWARD_SUBSTITUTION)
+    blocks = _diagonal_blocks(system, size)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), blocks.shape)
+    inverse = identity[..., :1, :]
+    for i in range(1, size):
+        known = jnp.sum(blocks[..., i, :i, None] * inverse, axis=-2)
+        row = identity[..., i, :] - known
+        inverse = jnp.concatenate([inverse, row[..., None, :]], axis=-2)
+    while size < steps:
+        corners = _diagonal_blocks(system, 2 * size)[..., size:, :size]
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        inverse = _merged(inverse, -jnp.matmul(jnp.matmul(second, corners), first))
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _diagonal_blocks(x: Array, size: int) -> Array:
+    """(... c c) to (... m size size)."""
+    count = x.shape[-1] // size
+    x = x.reshape(*x.shape[:-2], count, size, count, size)
+    return jnp.moveaxis(jnp.diagonal(x, axis1=-4, axis2=-2), -1, -3)
+
+
+def _exp(where: np.ndarray, exponent: Array) -> Array:
+    """The exponential, 0 where it is not wanted; also its gradient, however large the exponent."""
+    return jnp.exp(jnp.where(where, exponent, -jnp.inf))
