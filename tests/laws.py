@@ -35,7 +35,7 @@ from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.time import dense_scan, linear_scan, selective_scan
+from jaxrec.ops.time import dense_scan, linear_scan, running_max, selective_scan
 from tests import references
 
 EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
@@ -58,6 +58,7 @@ class Subject:
     bf16: error in units of bfloat16's epsilon, 2^-7; None: there are no such inputs.
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
+    graded: has a gradient; False: no gradient passes, which its own tests check.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Subject:
     bf16: float | None = 1.0
     log_trace: bool = False
     trained: bool = False
+    graded: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -226,6 +228,24 @@ def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subj
         loop=lambda params, x, h, reset: references.linear_scan(x["a"], x["b"], h, reset),
         bf16=None if dtype == np.complex64 else 1.0,
         log_trace=method == "associative",
+    )
+
+
+def maximum(method: str) -> Subject:
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        log_decay, x = -np.abs(draw(rng, (batch, time, 3))), draw(rng, (batch, time, 3))
+        return {}, {"log_decay": log_decay, "x": x}
+
+    return Subject(
+        name=f"running_max {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.full((batch, 3), -1e3, np.float32),
+        run=lambda params, x, m, reset: running_max(
+            x["log_decay"], x["x"], m, reset=reset, method=method
+        ),
+        loop=lambda params, x, m, reset: references.running_max(x["log_decay"], x["x"], m, reset),
+        log_trace=True,
+        graded=False,
     )
 
 
@@ -561,6 +581,7 @@ SUBJECTS = [
         for dtype in (np.float32, np.complex64)
         for reverse in (False, True)
     ),
+    *(maximum(method) for method in ("sequential", "associative")),
     *(selective(method) for method in ("sequential", "chunked")),
     convolution(),
     attention("Attention", cached=False),
@@ -695,7 +716,7 @@ def gradient_of(
     return jax.grad(lambda floats: loss(*join(floats), case[3])), floats
 
 
-@subjects
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.graded], ids=str)
 def test_every_gradient_equals_the_loops(subject):
     case = subject.case(2, 5, reset=True)
     with_state = subject.exact(*case)[1] is not None

@@ -20,6 +20,15 @@ def linear_scan(a, b, h, reset):
     return np.stack(out, axis=1), h
 
 
+def running_max(log_decay, x, m, reset):
+    out = []
+    for t in range(x.shape[1]):
+        m = np.where(spread(reset[:, t], m), -np.inf, m)
+        m = np.maximum(log_decay[:, t] + m, x[:, t])
+        out.append(m)
+    return np.stack(out, axis=1), m
+
+
 def selective_scan(x, dt, a, b, c, h, reset):
     out = []
     for t in range(x.shape[1]):

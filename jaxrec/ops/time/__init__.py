@@ -7,9 +7,14 @@ from jaxrec.ops.time.lti import (
     fft_conv,
     krylov,
 )
+from jaxrec.ops.time.running_max import running_max
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
-from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_selective_scan
+from jaxrec.ops.time.sharded import (
+    sharded_linear_scan,
+    sharded_running_max,
+    sharded_selective_scan,
+)
 
 __all__ = [
     "dense_scan",
@@ -18,7 +23,9 @@ __all__ = [
     "fft_conv",
     "krylov",
     "linear_scan",
+    "running_max",
     "selective_scan",
     "sharded_linear_scan",
+    "sharded_running_max",
     "sharded_selective_scan",
 ]
