@@ -18,6 +18,7 @@ GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
     "mamba": "tests/golden/test_mamba.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
+    "rwkv": "tests/golden/test_rwkv.py",
 }
 
 

@@ -15,6 +15,7 @@ from jaxrec.ops.time.sharded import (
     sharded_running_max,
     sharded_selective_scan,
 )
+from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
     "dense_scan",
@@ -28,4 +29,6 @@ __all__ = [
     "sharded_linear_scan",
     "sharded_running_max",
     "sharded_selective_scan",
+    "WKVState",
+    "wkv",
 ]
