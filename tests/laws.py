@@ -27,15 +27,25 @@ from jaxrec.layers.axes import MESH_AXES
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
+from jaxrec.layers.rwkv import RWKVBlock
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.time import dense_scan, linear_scan, matrix_scan, selective_scan
+from jaxrec.ops.time import (
+    WKVState,
+    dense_scan,
+    linear_scan,
+    matrix_scan,
+    running_max,
+    selective_scan,
+    wkv,
+)
 from tests import references
 
 EPSILON = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-7}
@@ -59,6 +69,7 @@ class Subject:
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
     composed: a whole model, whose layers are subjects too: some laws are slow tests for it.
+    graded: has a gradient; False: no gradient passes, which its own tests check.
     """
 
     name: str
@@ -71,6 +82,7 @@ class Subject:
     log_trace: bool = False
     trained: bool = False
     composed: bool = False
+    graded: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -228,6 +240,54 @@ def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subj
         loop=lambda params, x, h, reset: references.linear_scan(x["a"], x["b"], h, reset),
         bf16=None if dtype == np.complex64 else 1.0,
         log_trace=method == "associative",
+    )
+
+
+def maximum(method: str) -> Subject:
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        log_decay, x = -np.abs(draw(rng, (batch, time, 3))), draw(rng, (batch, time, 3))
+        return {}, {"log_decay": log_decay, "x": x}
+
+    return Subject(
+        name=f"running_max {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.full((batch, 3), -1e3, np.float32),
+        run=lambda params, x, m, reset: running_max(
+            x["log_decay"], x["x"], m, reset=reset, method=method
+        ),
+        loop=lambda params, x, m, reset: references.running_max(x["log_decay"], x["x"], m, reset),
+        log_trace=True,
+        graded=False,
+    )
+
+
+def weighted_mean() -> Subject:
+    """`wkv` from and to sums that are not scaled; the square root keeps the weights positive."""
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        a, b = state["a"], jnp.square(state["root_b"])
+        start = WKVState(a, b, jnp.zeros_like(a))
+        y, last = wkv(x["k"], x["v"], params["rate"], params["bonus"], start, reset=reset)
+        scale = jnp.exp(last.maximum)
+        return y, {"a": last.numerator * scale, "root_b": jnp.sqrt(last.denominator * scale)}
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        start = state["a"], state["root_b"] ** 2
+        y, a, b = references.wkv(x["k"], x["v"], params["rate"], params["bonus"], *start, reset)
+        return y, {"a": a, "root_b": np.sqrt(b)}
+
+    return Subject(
+        name="wkv",
+        inputs=lambda rng, batch, time: (
+            {"rate": rng.uniform(0.1, 2.0, 3).astype(np.float32), "bonus": draw(rng, (3,))},
+            {"k": draw(rng, (batch, time, 3)), "v": draw(rng, (batch, time, 3))},
+        ),
+        start=lambda params, batch, time: {
+            name: np.zeros((batch, 3), np.float32) for name in ("a", "root_b")
+        },
+        run=run,
+        loop=loop,
+        log_trace=True,
     )
 
 
@@ -513,6 +573,30 @@ def linear_rnn() -> Subject:
     )
 
 
+def rwkv_block() -> Subject:
+    return module(
+        "RWKVBlock",
+        functools.partial(RWKVBlock, 8, 6, 10),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        # The sums of no weight at all, which is what the state begins with, say nothing.
+        loop=lambda params, x, state, reset: (
+            references.rwkv_block(params, x, state.time.before, state.channels, reset),
+            None,
+        ),
+        bf16=2.0,
+        log_trace=True,
+    )
+
+
+def rwkv() -> Subject:
+    config = RWKVConfig(
+        vocab_size=VOCAB, width=8, layers=2, inner_width=6, mlp_width=12, norm_epsilon=1e-4
+    )
+
+    return language_model("RWKV", config, references.rwkv, bf16=2.0, log_trace=True, trained=True)
+
+
 STEPS = {"log_step": lambda rng, shape: rng.uniform(-3, -1, shape)}
 
 
@@ -611,6 +695,8 @@ SUBJECTS = [
         for dtype in (np.float32, np.complex64)
         for reverse in (False, True)
     ),
+    *(maximum(method) for method in ("sequential", "associative")),
+    weighted_mean(),
     *(selective(method) for method in ("sequential", "chunked")),
     *(matrix("gated", decay, "chunkwise") for decay in (None, "head")),
     *(matrix("delta", decay, "chunkwise") for decay in (None, "head", "key")),
@@ -638,6 +724,8 @@ SUBJECTS = [
     mamba_mixer(),
     mamba(),
     recurrentgemma(),
+    rwkv_block(),
+    rwkv(),
 ]
 
 LOOPS = [
@@ -766,7 +854,7 @@ def gradient_of(
     return jax.grad(lambda floats: loss(*join(floats), case[3])), floats
 
 
-@subjects
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.graded], ids=str)
 def test_every_gradient_equals_the_loops(subject):
     case = subject.case(2, 5, reset=True)
     with_state = subject.exact(*case)[1] is not None

@@ -20,6 +20,15 @@ def linear_scan(a, b, h, reset):
     return np.stack(out, axis=1), h
 
 
+def running_max(log_decay, x, m, reset):
+    out = []
+    for t in range(x.shape[1]):
+        m = np.where(spread(reset[:, t], m), -np.inf, m)
+        m = np.maximum(log_decay[:, t] + m, x[:, t])
+        out.append(m)
+    return np.stack(out, axis=1), m
+
+
 def selective_scan(x, dt, a, b, c, h, reset):
     out = []
     for t in range(x.shape[1]):
@@ -44,6 +53,17 @@ def matrix_scan(q, k, v, g, beta, state, reset, epsilon=None):
         out.append(np.einsum("bhkv,bhk->bhv", state, q[:, t]))
     y = np.stack(out, axis=1)
     return y if epsilon is None else y[..., :-1] / (y[..., -1:] + epsilon), state
+
+
+def wkv(k, v, rate, bonus, a, b, reset):
+    out = []
+    for t in range(k.shape[1]):
+        a, b = (np.where(reset[:, t, None], 0, z) for z in (a, b))
+        now = np.exp(bonus + k[:, t])
+        out.append((a + now * v[:, t]) / (b + now))
+        a = np.exp(-rate) * a + np.exp(k[:, t]) * v[:, t]
+        b = np.exp(-rate) * b + np.exp(k[:, t])
+    return np.stack(out, axis=1), a, b
 
 
 def causal_conv(x, kernel, bias, window, reset):
@@ -196,6 +216,53 @@ def mamba(params, tokens, reset, config, activation=silu):
         x = x + mamba_mixer(block["mixer"], normed, window, h, reset, activation)[0]
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
+
+
+def token_shift(x, before, reset):
+    out = []
+    for t in range(x.shape[1]):
+        out.append(np.where(reset[:, t, None], 0, before))
+        before = x[:, t]
+    return np.stack(out, axis=1)
+
+
+def rwkv_time_mixing(params, x, before, reset):
+    def mixed(name):
+        mu = params[f"mix_{name}"]
+        return linear(params[name], mu * x + (1 - mu) * token_shift(x, before, reset))
+
+    k, v, r = mixed("key"), mixed("value"), sigmoid(mixed("receptance"))
+    nothing = np.zeros_like(k[:, 0])
+    rate = np.exp(params["log_rate"])
+    y, _, _ = wkv(k, v, rate, params["bonus"], nothing, nothing, reset)
+    return linear(params["out"], r * y)
+
+
+def rwkv_channel_mixing(params, x, before, reset):
+    def mixed(name):
+        mu = params[f"mix_{name}"]
+        return linear(params[name], mu * x + (1 - mu) * token_shift(x, before, reset))
+
+    return sigmoid(mixed("receptance")) * linear(params["value"], np.maximum(mixed("key"), 0) ** 2)
+
+
+def rwkv_block(params, x, time, channels, reset, epsilon=1e-5):
+    normed = layer_norm(params["time_norm"], x, epsilon)
+    x = x + rwkv_time_mixing(params["time"], normed, time, reset)
+    normed = layer_norm(params["channels_norm"], x, epsilon)
+    return x + rwkv_channel_mixing(params["channels"], normed, channels, reset)
+
+
+def rwkv(params, tokens, reset, config):
+    x = layer_norm(
+        params["embedding_norm"], params["embedding"]["table"][tokens], config.norm_epsilon
+    )
+    for i in range(config.layers):
+        nothing = np.zeros_like(x[:, 0])
+        block = layer(params["blocks"], i)
+        x = rwkv_block(block, x, nothing, nothing, reset, config.norm_epsilon)
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return layer_norm(params["norm"], x) @ head["table"].T
 
 
 def layer(stacked, i):

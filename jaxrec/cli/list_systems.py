@@ -19,6 +19,7 @@ GOLDEN = {
     "mamba": "tests/golden/test_mamba.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",
+    "rwkv": "tests/golden/test_rwkv.py",
 }
 
 

@@ -1,6 +1,6 @@
 """The shape that recurrent language models share: an embedding, a stack of equal blocks, a head.
 
-    x = scale * embed(tokens);   x, state_l = block_l(x, state_l);   logits = W_head norm(x)
+    x = norm_0(scale * embed(tokens));   x, state_l = block_l(x, state_l);   logits = W_head norm(x)
 
 What is particular to a system is its block, `y, state = block(x, state, reset=reset)`.
 """
@@ -48,7 +48,9 @@ class RecurrentLM(nnx.Module):
       config: has vocab_size, width and layers, and is kept for those who ask for it.
       block: makes a block from rngs.
       norm: of the stream that the head reads.
-      embedding_init: of the embedding, and of a head of its own.
+      embedding_init: of the embedding.
+      head_init: of a head of its own; None: as the embedding.
+      embedding_norm: of what is looked up, where there is one.
       tie_embeddings: the head is the embedding.
       embedding_scale: factor on what is looked up.
       soft_cap: logits are cap * tanh(logits / cap).
@@ -64,6 +66,8 @@ class RecurrentLM(nnx.Module):
         *,
         norm: nnx.Module,
         embedding_init: Initializer,
+        head_init: Initializer | None = None,
+        embedding_norm: nnx.Module | None = None,
         tie_embeddings: bool = True,
         embedding_scale: float = 1.0,
         soft_cap: float | None = None,
@@ -71,15 +75,16 @@ class RecurrentLM(nnx.Module):
         first_resets: bool = False,
         rngs: nnx.Rngs,
     ):
-        def embedding() -> Embedding:
-            return Embedding(config.vocab_size, config.width, init=embedding_init, rngs=rngs)
+        def embedding(init: Initializer) -> Embedding:
+            return Embedding(config.vocab_size, config.width, init=init, rngs=rngs)
 
         self.config = config
-        self.embedding = embedding()
+        self.embedding = embedding(embedding_init)
+        self.embedding_norm = embedding_norm
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: block(nnx.Rngs(key)))(keys)
         self.norm = norm
-        self.head = None if tie_embeddings else embedding()
+        self.head = None if tie_embeddings else embedding(head_init or embedding_init)
         self.embedding_scale, self.soft_cap = embedding_scale, soft_cap
         self.stream_dtype, self.first_resets = stream_dtype, first_resets
 
@@ -136,4 +141,6 @@ class RecurrentLM(nnx.Module):
             x = x.astype(self.stream_dtype)
         if self.embedding_scale != 1:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         return constrain(x, "batch", "time", None)

@@ -9,7 +9,9 @@ from jaxrec.ops.time import (
     selective_scan,
     sharded_linear_scan,
     sharded_selective_scan,
+    wkv,
 )
+from jaxrec.ops.time.wkv import WKVState
 
 
 def scan_over_time(
@@ -45,6 +47,19 @@ def selective_scan_over_time(
     if axis is None:
         return selective_scan(x, dt, a, b, c, state, reset=reset)
     return sharded_selective_scan(x, dt, a, b, c, state, axis=axis, reset=reset)
+
+
+def wkv_over_time(
+    k: Array,
+    v: Array,
+    rate: Array,
+    bonus: Array,
+    state: WKVState | None = None,
+    *,
+    reset: Array | None = None,
+) -> tuple[Array, WKVState]:
+    """`wkv`, over the devices among which the mesh splits time into equal parts."""
+    return wkv(k, v, rate, bonus, state, reset=reset, axis=_axis(k.shape[1]))
 
 
 def _axis(time: int) -> str | None:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
-from jaxrec.models import huginn, linear_rnn, mamba, recurrentgemma
+from jaxrec.models import huginn, linear_rnn, mamba, recurrentgemma, rwkv
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 
 CONFIGS = [
@@ -26,6 +26,9 @@ CONFIGS = [
     recurrentgemma.TINY,
     recurrentgemma.SMALL,
     recurrentgemma.RECURRENTGEMMA_2B,
+    rwkv.TINY,
+    rwkv.SMALL,
+    rwkv.RWKV_14B,
 ]
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rwkv import RWKVConfig
 from tests.laws import equations
 from tests.models import toy
 from tests.models.toy import run
@@ -33,6 +34,7 @@ CONFIGS = [
         window=4,
         context=32,
     ),
+    RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
 ]
 TOLERANCE = 5e-6  # ten times the gap between the plain loops in float32 and in float64, 5e-7
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11), dtype=np.int32)

@@ -8,9 +8,15 @@ from jaxrec.ops.time.lti import (
     krylov,
 )
 from jaxrec.ops.time.matrix_scan import matrix_scan
+from jaxrec.ops.time.running_max import running_max
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
-from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_selective_scan
+from jaxrec.ops.time.sharded import (
+    sharded_linear_scan,
+    sharded_running_max,
+    sharded_selective_scan,
+)
+from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
     "dense_scan",
@@ -20,7 +26,11 @@ __all__ = [
     "krylov",
     "linear_scan",
     "matrix_scan",
+    "running_max",
     "selective_scan",
     "sharded_linear_scan",
+    "sharded_running_max",
     "sharded_selective_scan",
+    "WKVState",
+    "wkv",
 ]

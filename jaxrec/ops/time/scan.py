@@ -194,6 +194,16 @@ def shifted(x: Array, edge: Array, *, towards_start: bool) -> Array:
     return jnp.concatenate([edge[:, None], x[:, :-1]], axis=1)
 
 
+def delayed(x: Array, first: Array) -> Array:
+    """x (b t ...) one step later, `first` (b ...) before it: `shifted` for arrays whose time is
+    split over devices. There a concatenation gathers the sequence, while of padding the last steps
+    travel to the neighbours.
+    """
+    none = [(0, 0, 0)] * x.ndim
+    later = lax.pad(x, jnp.zeros((), x.dtype), [none[0], (1, -1, 0), *none[2:]])
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) == 0, first[:, None], later)
+
+
 def _sequential(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:
     """One loop over time. Inside, time comes first: each step then reads one stretch of memory."""
 

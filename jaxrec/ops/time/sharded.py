@@ -22,6 +22,9 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxrec.ops.time import scan, selective
+from jaxrec.ops.time.running_max import Method as MaxMethod
+from jaxrec.ops.time.running_max import prepare as prepare_max
+from jaxrec.ops.time.running_max import run as run_max
 from jaxrec.ops.time.scan import Method
 
 Exchange = Literal["all_gather", "ppermute"]
@@ -106,6 +109,43 @@ def sharded_selective_scan(
     over_time, everywhere, _ = _places(axis)
     places = (over_time, over_time, everywhere, over_time, over_time, everywhere, over_time)
     return _on_devices(run, axis, places, (over_time, everywhere))(x, dt, a, b, c, state, reset)
+
+
+def sharded_running_max(
+    log_decay: Array,
+    x: Array,
+    m0: Array | None = None,
+    *,
+    axis: str,
+    reset: Array | None = None,
+    method: MaxMethod = "auto",
+) -> tuple[Array, Array]:
+    """`running_max` over the devices of one axis of the current mesh (`jax.set_mesh`).
+
+    Arguments and results are those of `running_max`, time spread over `axis`. A device's map of
+    what enters, m -> max(p + m, q), is sent to every device at once, (2 b ...) values for each.
+
+    Raises:
+      ValueError: as `running_max` and `sharded_linear_scan`.
+    """
+    log_decay, x, m0 = prepare_max(log_decay, x, m0, reset, method)
+    _check("sharded_running_max", x.shape[1], axis, "all_gather")
+
+    def run(log_decay: Array, x: Array, m0: Array) -> tuple[Array, Array]:
+        _, alone = run_max(log_decay, x, jnp.full_like(m0, -jnp.inf), method)
+        every = lax.all_gather(jnp.stack([jnp.sum(log_decay, axis=1), alone]), axis)
+
+        def step(m: Array, one: Array) -> tuple[Array, Array]:
+            return jnp.maximum(one[0] + m, one[1]), m
+
+        last, entering = lax.scan(step, m0, every)
+        rank = lax.axis_index(axis)
+        enters = lax.dynamic_index_in_dim(entering, rank, keepdims=False)
+        return run_max(log_decay, x, enters, method)[0], last
+
+    over_time, everywhere, _ = _places(axis)
+    places = (over_time, over_time, everywhere)
+    return _on_devices(run, axis, places, (over_time, everywhere))(log_decay, x, m0)
 
 
 def _check(name: str, time: int, axis: str, exchange: str) -> None:
