@@ -10,7 +10,7 @@ from jaxrec.ops.time.lti import (
 from jaxrec.ops.time.matrix_scan import matrix_scan
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
-from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_selective_scan
+from jaxrec.ops.time.sharded import sharded_linear_scan, sharded_matrix_scan, sharded_selective_scan
 
 __all__ = [
     "dense_scan",
@@ -22,5 +22,6 @@ __all__ = [
     "matrix_scan",
     "selective_scan",
     "sharded_linear_scan",
+    "sharded_matrix_scan",
     "sharded_selective_scan",
 ]
