@@ -1,5 +1,7 @@
 """Scans as layers call them: over all devices among which time is split."""
 
+import functools
+
 import jax
 from jax import Array
 
@@ -9,6 +11,7 @@ from jaxrec.ops.time import (
     matrix_scan,
     selective_scan,
     sharded_linear_scan,
+    sharded_matrix_scan,
     sharded_selective_scan,
     wkv,
 )
@@ -77,8 +80,10 @@ def matrix_scan_over_time(
     reset: Array | None = None,
     chunk: int = 64,
 ) -> tuple[Array, Array]:
-    """`matrix_scan`."""
-    return matrix_scan(
+    """`matrix_scan`, by `sharded_matrix_scan` where the mesh splits time into equal parts."""
+    axis = _axis(q.shape[1])
+    scan = matrix_scan if axis is None else functools.partial(sharded_matrix_scan, axis=axis)
+    return scan(
         q,
         k,
         v,
