@@ -28,6 +28,7 @@ from jaxrec.layers.gated_conv import GatedConv
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.mamba2 import Mamba2
+from jaxrec.layers.mlstm import MLSTM
 from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.rwkv import RWKVBlock
@@ -39,13 +40,16 @@ from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
 from jaxrec.ops.time import (
+    MLSTMState,
     WKVState,
     dense_scan,
     linear_scan,
     matrix_scan,
+    mlstm_scan,
     running_max,
     selective_scan,
     wkv,
@@ -289,6 +293,41 @@ def weighted_mean() -> Subject:
         start=lambda params, batch, time: {
             name: np.zeros((batch, 3), np.float32) for name in ("a", "root_b")
         },
+        run=run,
+        loop=loop,
+        log_trace=True,
+    )
+
+
+def gated_memory(method: str) -> Subject:
+    """`mlstm_scan` from and to memories that are not scaled, on which no result depends."""
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        q, k, v = (draw(rng, (batch, time, 2, width)) for width in (3, 3, 4))
+        i, f = draw(rng, (2, batch, time, 2))
+        return {}, (q, k, v, i, -np.log1p(np.exp(-f)))
+
+    def scaled(state: Any, last_m: Any, exp: Any) -> Any:
+        memory, normaliser = state
+        return memory * exp(last_m)[..., None, None], normaliser * exp(last_m)[..., None]
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        start = MLSTMState(*state, jnp.zeros_like(state[1][..., 0]))
+        y, last = mlstm_scan(*x, start, reset=reset, chunk=4, eps=0.0, method=method)
+        return y, scaled(last[:2], last.maximum, jnp.exp)
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        start = (*state, np.zeros_like(state[1][..., 0]))
+        y, *last, m = references.mlstm(*x, *start, reset, 0.0)
+        return y, scaled(last, m, np.exp)
+
+    return Subject(
+        name=f"mlstm_scan {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: (
+            np.zeros((batch, 2, 3, 4), np.float32),
+            np.zeros((batch, 2, 3), np.float32),
+        ),
         run=run,
         loop=loop,
         log_trace=True,
@@ -634,6 +673,58 @@ def prefix_linear_attention() -> Subject:
     )
 
 
+def mlstm_mixer() -> Subject:
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        y, *_ = references.mlstm_mixer(params, x, *state, reset, norm_epsilon=0.1, eps=0.1)
+        return y, None  # the state is scaled in another way; `gated_memory` looks at it
+
+    return module(
+        "MLSTM",
+        functools.partial(
+            # Large epsilons: a head's few channels may be almost alike, which amplifies rounding.
+            MLSTM,
+            8,
+            2,
+            4,
+            6,
+            bias=True,
+            chunk=4,
+            norm_epsilon=0.1,
+            epsilon=0.1,
+            init=INIT,
+        ),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        bf16=2.0,
+        log_trace=True,
+    )
+
+
+def xlstm() -> Subject:
+    config = XLSTMConfig(
+        vocab_size=VOCAB,
+        width=8,
+        layers=2,
+        heads=2,
+        key_width=4,
+        value_width=6,
+        mlp_width=12,
+        norm_epsilon=0.1,
+        chunk=4,
+    )
+
+    return language_model(
+        "xLSTM",
+        config,
+        references.xlstm,
+        gradient_gap=2e-6,
+        bf16=3.0,
+        log_trace=True,
+        trained=True,
+    )
+
+
 def rwkv_block() -> Subject:
     return module(
         "RWKVBlock",
@@ -758,6 +849,7 @@ SUBJECTS = [
     ),
     *(maximum(method) for method in ("sequential", "associative")),
     weighted_mean(),
+    *(gated_memory(method) for method in ("sequential", "chunkwise")),
     *(selective(method) for method in ("sequential", "chunked")),
     *(matrix("gated", decay, "chunkwise") for decay in (None, "head")),
     *(matrix("delta", decay, "chunkwise") for decay in (None, "head", "key")),
@@ -791,6 +883,8 @@ SUBJECTS = [
     recurrentgemma(),
     rwkv_block(),
     rwkv(),
+    mlstm_mixer(),
+    xlstm(),
 ]
 
 LOOPS = [

@@ -66,6 +66,23 @@ def wkv(k, v, rate, bonus, a, b, reset):
     return np.stack(out, axis=1), a, b
 
 
+def mlstm(q, k, v, input_gate, log_forget, memory, normaliser, m, reset, eps):
+    out = []
+    for t in range(q.shape[1]):
+        memory, normaliser, m = (
+            np.where(spread(reset[:, t], z), 0, z) for z in (memory, normaliser, m)
+        )
+        before, m = m, np.maximum(log_forget[:, t] + m, input_gate[:, t])
+        forget, enter = np.exp(log_forget[:, t] + before - m), np.exp(input_gate[:, t] - m)
+        key = enter[..., None] * k[:, t]
+        memory = forget[..., None, None] * memory + key[..., None] * v[:, t, :, None]
+        normaliser = forget[..., None] * normaliser + key
+        query = q[:, t] / q.shape[-1] ** 0.5
+        length = np.maximum(np.abs(np.sum(normaliser * query, axis=-1)), np.exp(-m)) + eps
+        out.append(np.sum(memory * query[..., None], axis=-2) / length[..., None])
+    return np.stack(out, axis=1), memory, normaliser, m
+
+
 def causal_conv(x, kernel, bias, window, reset):
     out = []
     for t in range(x.shape[1]):
@@ -111,13 +128,17 @@ def gated_mlp(params, x, activation=silu):
 
 def rms_norm(params, x, epsilon=1e-6, unit_offset=False):
     scale = params["scale"] + 1 if unit_offset else params["scale"]
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+    y = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+    return y + params["bias"] if "bias" in params else y
 
 
-def layer_norm(params, x, epsilon=1e-5):
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    deviation = np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon)
-    return centred / deviation * params["scale"] + params["bias"]
+def layer_norm(params, x, epsilon=1e-5, groups=1):
+    parts = []
+    for part in np.split(x, groups, axis=-1):
+        centred = part - np.mean(part, axis=-1, keepdims=True)
+        parts.append(centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon))
+    y = np.concatenate(parts, axis=-1) * params["scale"]
+    return y + params["bias"] if "bias" in params else y
 
 
 def rotate(x, position, base, pairing):
@@ -325,6 +346,41 @@ def taylor_attention(params, x, state, reset, epsilon):
     q, k, v = taylor(heads("query")), taylor(heads("key")), heads("value")
     y, state = matrix_scan(q, k, v, zero, None, state, reset, epsilon)
     return linear(params["out"], y.reshape(x.shape)), state
+
+
+def soft_cap(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def log_sigmoid(x):
+    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
+
+
+def mlstm_mixer(params, x, memory, normaliser, m, reset, cap=15.0, norm_epsilon=1e-6, eps=1e-6):
+    q, k, v = (linear(params[name], x) for name in ("query", "key", "value"))
+    i, f = (soft_cap(linear(params[name], x), cap) for name in ("input_gate", "forget_gate"))
+    y, *state = mlstm(q, k, v, i, log_sigmoid(f), memory, normaliser, m, reset, eps)
+    y = layer_norm(params["norm"], y.reshape(*y.shape[:2], -1), norm_epsilon, q.shape[2])
+    return linear(params["out"], sigmoid(linear(params["output_gate"], x)) * y), *state
+
+
+def xlstm(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens]
+    heads = tokens.shape[0], config.heads
+    keys, values = config.key_width // config.heads, config.value_width // config.heads
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        state = (
+            np.zeros((*heads, keys, values), x.dtype),
+            np.zeros((*heads, keys), x.dtype),
+            np.zeros(heads, x.dtype),
+        )
+        options = config.gate_soft_cap, config.norm_epsilon, config.epsilon
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon)
+        x = x + mlstm_mixer(block["mixer"], normed, *state, reset, *options)[0]
+        x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x, config.norm_epsilon))
+    x = rms_norm(params["norm"], x, config.norm_epsilon)
+    return soft_cap(x @ params["head"]["table"].T, config.logits_soft_cap)
 
 
 def layer(stacked, i):

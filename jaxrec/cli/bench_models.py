@@ -22,6 +22,7 @@ from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.training.losses import cross_entropy
 from jaxrec.training.sharding import build_mesh
 
@@ -92,6 +93,18 @@ SYSTEMS: dict[str, System] = {
             inner_width=sizes.width,
             mlp_width=4 * sizes.width,
             layers=sizes.layers,
+        ),
+    ),
+    "xlstm": System(
+        "xLSTM",
+        lambda sizes: XLSTMConfig(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            layers=sizes.layers,
+            heads=sizes.heads,
+            key_width=sizes.width // 2,
+            value_width=sizes.width,
+            mlp_width=-(-sizes.width * 8 // 3 // 64) * 64,
         ),
     ),
 }

@@ -22,6 +22,7 @@ GOLDEN = {
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",
     "rwkv": "tests/golden/test_rwkv.py",
+    "xlstm": "tests/golden/test_xlstm.py",
 }
 
 

@@ -6,7 +6,7 @@ from jax import Array, lax
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + epsilon) * scale.
+    """y = x / sqrt(mean(x^2) + epsilon) * scale (+ bias).
 
     With `unit_offset` the parameter is the deviation of the scale from 1, and begins at 0. With
     several groups the mean is over each of so many equal parts of the channels.
@@ -15,11 +15,18 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, width: int, *, epsilon: float = 1e-6, unit_offset: bool = False, groups: int = 1
+        self,
+        width: int,
+        *,
+        epsilon: float = 1e-6,
+        unit_offset: bool = False,
+        groups: int = 1,
+        bias: bool = False,
     ):
         if width % groups:
             raise ValueError(f"RMSNorm: width {width} does not divide into {groups} groups.")
         self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,)) if bias else None
         self.epsilon = epsilon
         self.unit_offset = unit_offset
         self.groups = groups
@@ -30,26 +37,33 @@ class RMSNorm(nnx.Module):
         normed = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         normed = normed.reshape(x.shape)
         scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
-        return normed.astype(x.dtype) * _spread(scale, x)
+        y = normed.astype(x.dtype) * _spread(scale, x)
+        return y if self.bias is None else y + _spread(self.bias[...], x)
 
 
 class LayerNorm(nnx.Module):
-    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias.
+    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale (+ bias).
+
+    With several groups mean and variance are over each of so many equal parts of the channels.
 
     Ba, Kiros & Hinton, Layer normalization (2016), arXiv:1607.06450.
     """
 
-    def __init__(self, width: int, *, epsilon: float = 1e-5):
+    def __init__(self, width: int, *, epsilon: float = 1e-5, bias: bool = True, groups: int = 1):
+        if width % groups:
+            raise ValueError(f"LayerNorm: width {width} does not divide into {groups} groups.")
         self.scale = nnx.Param(jnp.ones(width), axes=(None,))
-        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,)) if bias else None
         self.epsilon = epsilon
+        self.groups = groups
 
     def __call__(self, x: Array) -> Array:
         """Normalises (... d) over d; returns x's dtype."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * _spread(self.scale[...], x) + _spread(self.bias[...], x)
+        y = normed.reshape(x.shape).astype(x.dtype) * _spread(self.scale[...], x)
+        return y if self.bias is None else y + _spread(self.bias[...], x)
 
 
 def _spread(vector: Array, x: Array) -> Array:

@@ -27,15 +27,35 @@ def layer():
 
 
 apply = jax.jit(lambda norm, x: norm(x))
+
+
+def without_bias():
+    norm = LayerNorm(6, epsilon=1e-3, bias=False, groups=2)
+    norm.scale = nnx.Param(jnp.asarray(SCALE), axes=(None,))
+    return norm
+
+
+def rms_with_bias():
+    norm = RMSNorm(6, epsilon=1e-3, bias=True)
+    norm.scale, norm.bias = (nnx.Param(jnp.asarray(v), axes=(None,)) for v in (SCALE, BIAS))
+    return norm
+
+
 PARAMS = {"scale": SCALE.astype(np.float64), "bias": BIAS.astype(np.float64)}
+ONLY_SCALE = {"scale": PARAMS["scale"]}
 both = pytest.mark.parametrize(
     "norm, reference",
     [
-        (rms(), references.rms_norm),
-        (rms(unit_offset=True), lambda *args: references.rms_norm(*args, unit_offset=True)),
+        (rms(), lambda _, *args: references.rms_norm(ONLY_SCALE, *args)),
+        (
+            rms(unit_offset=True),
+            lambda _, *args: references.rms_norm(ONLY_SCALE, *args, unit_offset=True),
+        ),
+        (rms_with_bias(), references.rms_norm),
         (layer(), references.layer_norm),
+        (without_bias(), lambda _, *args: references.layer_norm(ONLY_SCALE, *args, groups=2)),
     ],
-    ids=["rms", "rms unit offset", "layer"],
+    ids=["rms", "rms unit offset", "rms bias", "layer", "layer groups"],
 )
 
 
@@ -87,3 +107,8 @@ def test_groups_are_normalised_each_by_itself():
     np.testing.assert_allclose(apply(norm, X), np.concatenate(parts, axis=-1), rtol=1e-6)
     with pytest.raises(ValueError, match="width 6 does not divide into 4 groups"):
         RMSNorm(6, groups=4)
+
+
+def test_groups_must_divide_the_width():
+    with pytest.raises(ValueError, match="width 6 does not divide into 4 groups"):
+        LayerNorm(6, groups=4)

@@ -11,7 +11,16 @@ from flax import nnx
 
 from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
-from jaxrec.models import huginn, linear_rnn, mamba, mamba2, prefix_linear, recurrentgemma, rwkv
+from jaxrec.models import (
+    huginn,
+    linear_rnn,
+    mamba,
+    mamba2,
+    prefix_linear,
+    recurrentgemma,
+    rwkv,
+    xlstm,
+)
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 
 CONFIGS = [
@@ -35,6 +44,9 @@ CONFIGS = [
     rwkv.TINY,
     rwkv.SMALL,
     rwkv.RWKV_14B,
+    xlstm.TINY,
+    xlstm.SMALL,
+    xlstm.XLSTM_7B,
 ]
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
 

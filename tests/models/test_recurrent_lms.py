@@ -17,6 +17,7 @@ from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.xlstm import XLSTMConfig
 from tests.laws import equations
 from tests.models import toy
 from tests.models.toy import run
@@ -48,6 +49,16 @@ CONFIGS = [
         context=32,
     ),
     RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
+    XLSTMConfig(
+        vocab_size=13,
+        width=16,
+        layers=2,
+        heads=2,
+        key_width=8,
+        value_width=12,
+        mlp_width=24,
+        norm_epsilon=1e-2,  # a head's few channels may be almost alike, which amplifies rounding
+    ),
 ]
 TOLERANCE = 5e-6  # ten times the gap between the plain loops in float32 and in float64, 5e-7
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11), dtype=np.int32)

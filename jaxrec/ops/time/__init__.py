@@ -8,6 +8,7 @@ from jaxrec.ops.time.lti import (
     krylov,
 )
 from jaxrec.ops.time.matrix_scan import matrix_scan
+from jaxrec.ops.time.mlstm import MLSTMState, mlstm_scan
 from jaxrec.ops.time.running_max import running_max
 from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
@@ -27,6 +28,8 @@ __all__ = [
     "krylov",
     "linear_scan",
     "matrix_scan",
+    "MLSTMState",
+    "mlstm_scan",
     "running_max",
     "selective_scan",
     "sharded_linear_scan",
