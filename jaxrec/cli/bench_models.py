@@ -109,6 +109,7 @@ SYSTEMS: dict[str, System] = {
             chunk=min(sizes.time, 64),
             mlp_width=-(-sizes.width * 8 // 3 // 64) * 64,
         ),
+        beside=("forward", "both"),  # its cache does not fit these sizes
     ),
 }
 
