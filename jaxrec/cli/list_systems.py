@@ -16,6 +16,7 @@ EXPERIMENTS = {
 }
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
+    "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
 }
