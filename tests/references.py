@@ -212,6 +212,72 @@ def recurrent_block(params, x, window, h, reset):
     return linear(params["out"], gelu(linear(params["gate"], x)) * inner), window, h
 
 
+def linear_attention(params, x, hidden, windows, position, reset, options):
+    q, k, v = (linear(params[name], x) for name in ("query", "key", "value"))
+    if windows:
+        qkv = []
+        windows = list(windows)
+        for i, (name, z) in enumerate((("query", q), ("key", k), ("value", v))):
+            kernel = params[f"{name}_conv"]["kernel"]
+            kernel = kernel.reshape(kernel.shape[0], -1)
+            flat, zero = z.reshape(*z.shape[:2], -1), np.zeros_like(kernel[0])
+            y, windows[i] = causal_conv(flat, kernel, zero, windows[i], reset)
+            qkv.append(silu(y).reshape(z.shape))
+        q, k, v = qkv
+    position = position.copy()
+    for t in range(x.shape[1]):
+        position = np.where(reset[:, t], 0, position)
+        if options.rotary_base is not None:
+            for b in range(x.shape[0]):
+                for z in (q, k):
+                    z[b, t] = rotate(z[b, t], position[b], options.rotary_base, "half")
+        position = position + 1
+    beta = None
+    if options.rule == "delta":
+        q, k = (z / np.sqrt(np.sum(z**2, axis=-1, keepdims=True) + 1e-6) for z in (q, k))
+        beta = options.beta_scale * sigmoid(linear(params["write"], x))
+    g = log_decay(params, x, q.shape[2], options.gate)
+    g = g.reshape(*q.shape[:3], -1)
+    y, hidden = matrix_scan(q / q.shape[-1] ** 0.5, k, v, g, beta, hidden, reset)
+    y = rms_norm(params["read_norm"], y)
+    if "output_gate" in params:
+        y = y * silu(linear(params["output_gate"], x))
+    y = linear(params["out"], y.reshape(*x.shape[:2], -1))
+    return y, hidden, tuple(windows), position.astype(np.int32)
+
+
+def log_decay(params, x, heads, gate):
+    if gate == "none":
+        return np.zeros((*x.shape[:2], heads), x.dtype)
+    if gate == "constant":
+        decay = np.log(1 - 2.0 ** (-5 - np.arange(heads))).astype(x.dtype)
+        return np.broadcast_to(decay, (*x.shape[:2], heads))
+    params = params["decay_gate"]
+    raw = linear(params["up"], linear(params["down"], x) if "down" in params else x)
+    if gate == "logistic":
+        return np.log(sigmoid(raw)) / 16
+    return -np.exp(params["log_rate"]).reshape((-1,) + (1,) * (raw.ndim - 3)) * softplus(raw)
+
+
+def linear_attention_lm(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens] * config.width**0.5
+    batch, heads = tokens.shape[0], config.heads
+    widths = config.key_width, config.key_width, config.value_width
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        windows = [
+            np.zeros((batch, config.conv_width - 1, heads * width), x.dtype) for width in widths
+        ]
+        hidden = np.zeros((batch, heads, config.key_width, config.value_width), x.dtype)
+        position = np.zeros(batch, np.int32)
+        normed = rms_norm(block["mixer_norm"], x)
+        y, *_ = linear_attention(block["mixer"], normed, hidden, windows, position, reset, config)
+        x = x + y
+        x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x))
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return rms_norm(params["norm"], x) @ head["table"].T
+
+
 def mamba_mixer(params, x, window, h, reset, activation=silu):
     both = linear(params["input"], x)
     bias = params.get("conv_bias", np.zeros_like(both[0, 0, 0]))

@@ -16,6 +16,7 @@ EXPERIMENTS = {
 }
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
+    "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",
     "mamba2": "tests/golden/test_mamba2.py",
     "prefix_linear": "tests/golden/test_prefix_linear_attention.py",

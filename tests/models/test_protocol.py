@@ -13,6 +13,7 @@ from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
 from jaxrec.models import (
     huginn,
+    linear_attention,
     linear_rnn,
     mamba,
     mamba2,
@@ -27,6 +28,13 @@ CONFIGS = [
     huginn.TINY,
     huginn.SMALL,
     huginn.HUGINN_3_5B,
+    linear_attention.RETNET_TINY,
+    linear_attention.GLA_TINY,
+    linear_attention.DELTANET_TINY,
+    linear_attention.GATED_DELTANET_TINY,
+    linear_attention.GLA_1_3B,
+    linear_attention.DELTANET_1_3B,
+    linear_attention.GATED_DELTANET_1_3B,
     linear_rnn.TINY,
     linear_rnn.SMALL,
     mamba.TINY,
@@ -48,7 +56,14 @@ CONFIGS = [
     xlstm.SMALL,
     xlstm.XLSTM_7B,
 ]
-configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__} {c.width}")
+
+
+def named(config):
+    kind = [getattr(config, field) for field in ("rule", "gate") if hasattr(config, field)]
+    return " ".join([type(config).__name__, *kind, str(config.width)])
+
+
+configs = pytest.mark.parametrize("config", CONFIGS, ids=named)
 
 
 @configs

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
@@ -22,7 +23,23 @@ from tests.laws import equations
 from tests.models import toy
 from tests.models.toy import run
 
+LINEAR_ATTENTION = LinearAttentionConfig(
+    vocab_size=13,
+    width=16,
+    heads=2,
+    key_width=4,
+    value_width=6,
+    mlp_width=24,
+    layers=2,
+    chunk=4,
+    context=32,
+)
+RETNET = {"gate": "constant", "rotary_base": 100.0}
+GATED_DELTANET = {"rule": "delta", "gate": "step", "conv_width": 4}
 CONFIGS = [
+    dataclasses.replace(LINEAR_ATTENTION, **RETNET),
+    dataclasses.replace(LINEAR_ATTENTION, gate="logistic", gate_rank=3),
+    dataclasses.replace(LINEAR_ATTENTION, **GATED_DELTANET),
     LinearRNNConfig(
         vocab_size=13, width=16, recurrent_width=12, heads=2, mlp_width=24, layers=2, context=32
     ),
@@ -64,7 +81,12 @@ TOLERANCE = 5e-6  # ten times the gap between the plain loops in float32 and in 
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11), dtype=np.int32)
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: type(config).__name__, scope="module")
+def named(config):
+    kind = [getattr(config, field) for field in ("rule", "gate") if hasattr(config, field)]
+    return " ".join([type(config).__name__, *kind])
+
+
+@pytest.fixture(params=CONFIGS, ids=named, scope="module")
 def config(request):
     return request.param
 
