@@ -17,6 +17,7 @@ from jaxrec.ops.time.sharded import (
     sharded_running_max,
     sharded_selective_scan,
 )
+from jaxrec.ops.time.slstm import SLSTMState, slstm_scan, slstm_step
 from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "sharded_linear_scan",
     "sharded_running_max",
     "sharded_selective_scan",
+    "SLSTMState",
+    "slstm_scan",
+    "slstm_step",
     "WKVState",
     "wkv",
 ]
