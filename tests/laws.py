@@ -24,9 +24,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import MESH_AXES
+from jaxrec.layers.gated_conv import GatedConv
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
+from jaxrec.layers.mamba2 import Mamba2
 from jaxrec.layers.mlstm import MLSTM
+from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.rwkv import RWKVBlock
 from jaxrec.layers.s4d import S4DConfig
@@ -34,6 +37,7 @@ from jaxrec.layers.s5 import S5Config
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
+from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
@@ -641,6 +645,63 @@ def linear_rnn() -> Subject:
     )
 
 
+def mamba2_mixer(groups: int) -> Subject:
+    config = Mamba2Config(
+        vocab_size=VOCAB, width=8, layers=1, heads=4, head_width=3, state_size=2, groups=groups
+    )
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        y, *state = references.mamba2_mixer(params, x, *state, reset, config)
+        return y, tuple(state)
+
+    return module(
+        f"Mamba2 {groups}",
+        functools.partial(Mamba2, 8, 4, 3, 2, groups=groups, bias=True),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        bf16=2.0,
+    )
+
+
+def mamba2() -> Subject:
+    config = Mamba2Config(
+        vocab_size=VOCAB, width=8, layers=2, heads=2, head_width=4, state_size=3, context=128
+    )
+    return language_model(
+        "Mamba2LM",
+        config,
+        references.mamba2,
+        gradient_gap=1e-6,
+        bf16=12.0,  # the norm of small outputs amplifies, measured 11.1
+        trained=True,
+    )
+
+
+def gated_conv() -> Subject:
+    return module(
+        "GatedConv",
+        functools.partial(GatedConv, 8, 6, init=INIT),
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=references.gated_conv,
+    )
+
+
+def prefix_linear_attention() -> Subject:
+    """Without a prefix; with one it is not causal."""
+    return module(
+        "PrefixLinearAttention",
+        functools.partial(PrefixLinearAttention, 8, 2, 3, epsilon=1e-3, init=INIT),
+        # As after some tokens: a denominator of random numbers alone might be zero.
+        start=lambda layer, b, t: layer.init_state(b).at[:, :, 0, -1].set(30.0),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=lambda params, x, state, reset: references.taylor_attention(
+            params, x, state, reset, 1e-3
+        ),
+    )
+
+
 def mlstm_mixer() -> Subject:
     def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
         y, *_ = references.mlstm_mixer(params, x, *state, reset, norm_epsilon=0.1, eps=0.1)
@@ -845,6 +906,10 @@ SUBJECTS = [
     linear_rnn(),
     mamba_mixer(),
     mamba(),
+    *(mamba2_mixer(groups) for groups in (1, 2)),
+    mamba2(),
+    gated_conv(),
+    prefix_linear_attention(),
     recurrentgemma(),
     rwkv_block(),
     rwkv(),
@@ -1170,7 +1235,10 @@ def test_the_trace_does_not_grow_with_time(subject):
         forward, backward = jax.make_jaxpr(subject.run)(*case), jax.make_jaxpr(gradient)(floats)
         sizes.append(np.array([equations(forward.jaxpr), equations(backward.jaxpr)]))
     growth = np.diff(sizes, axis=0)
-    np.testing.assert_array_equal(growth, growth[::-1] if subject.log_trace else 0)
+    if subject.log_trace:
+        np.testing.assert_array_equal(growth, growth[::-1])
+    else:  # a single chunk may take a few more than many do
+        assert np.all(growth <= 0), growth
 
 
 @loops

@@ -298,6 +298,68 @@ def rwkv(params, tokens, reset, config):
     return layer_norm(params["norm"], x) @ head["table"].T
 
 
+def mamba2_mixer(params, x, window, h, reset, config, activation=silu):
+    heads, width = config.heads, config.head_width
+    inner, shared = heads * width, config.groups * config.state_size
+    joint = linear(params["input"], x)
+    gate, u, step = np.split(joint, [inner, joint.shape[-1] - heads], axis=-1)
+    bias = params.get("conv_bias", np.zeros_like(u[0, 0]))
+    u, window = causal_conv(u, params["conv_kernel"], bias, window, reset)
+    u, b, c = np.split(activation(u), [inner, inner + shared], axis=-1)
+    u = u.reshape(*u.shape[:2], heads, width)
+    b, c = (
+        np.repeat(x.reshape(*x.shape[:2], config.groups, -1), heads // config.groups, axis=2)
+        for x in (b, c)
+    )
+    low, high = (np.asarray(limit, x.dtype) for limit in config.step_limit)
+    dt = np.clip(softplus(step + params["step_bias"]), low, high)
+    log_decay = -dt * np.exp(params["log_rate"])
+    y, h = matrix_scan(c, b, dt[..., None] * u, log_decay[..., None], None, h, reset)
+    y = (y + params["skip"][:, None] * u).reshape(gate.shape) * silu(gate)
+    parts = y.reshape(*y.shape[:2], config.groups, -1)
+    ones = {"scale": np.ones(parts.shape[-1], x.dtype)}
+    y = rms_norm(ones, parts, config.norm_epsilon).reshape(y.shape) * params["norm"]["scale"]
+    return linear(params["out"], y), window, h
+
+
+def mamba2(params, tokens, reset, config, activation=silu):
+    x = params["embedding"]["table"][tokens]
+    batch, mixed = tokens.shape[0], config.inner_width + 2 * config.groups * config.state_size
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        window = np.zeros((batch, config.conv_width - 1, mixed), x.dtype)
+        h = np.zeros((batch, config.heads, config.state_size, config.head_width), x.dtype)
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon)
+        x = x + mamba2_mixer(block["mixer"], normed, window, h, reset, config, activation)[0]
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
+
+
+def gated_conv(params, x, window, reset):
+    inner, window = causal_conv(
+        linear(params["input"], x), params["conv_kernel"], params["conv_bias"], window, reset
+    )
+    return linear(params["out"], silu(linear(params["gate"], x)) * inner), window
+
+
+def taylor(x):
+    width = x.shape[-1]
+    squares = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)
+    parts = [np.ones_like(x[..., :1]), x / width**0.25, squares / (2 * width) ** 0.5]
+    return np.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+def taylor_attention(params, x, state, reset, epsilon):
+    def heads(name):
+        kernel = params[name]["kernel"]
+        return np.einsum("btd,dhk->bthk", x, kernel)
+
+    zero = np.zeros((*x.shape[:2], 1, 1), x.dtype)
+    q, k, v = taylor(heads("query")), taylor(heads("key")), heads("value")
+    y, state = matrix_scan(q, k, v, zero, None, state, reset, epsilon)
+    return linear(params["out"], y.reshape(x.shape)), state
+
+
 def soft_cap(x, cap):
     return x if cap is None else cap * np.tanh(x / cap)
 

@@ -14,7 +14,7 @@ from jaxrec.errors import UserError, nearest
 
 Part = Literal["step", "remat", "depth", "decode"]
 ModelPart = Literal["forward", "both", "decode"]
-RecurrentSystem = Literal["mamba", "recurrentgemma"]
+RecurrentSystem = Literal["mamba", "mamba2", "recurrentgemma", "rwkv", "xlstm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,13 @@ class TrainArguments:
 class ModelsArguments:
     """Time recurrent language models of width 256 beside those of transformers if installed."""
 
-    systems: tuple[RecurrentSystem, ...] = ("mamba", "recurrentgemma")
+    systems: tuple[RecurrentSystem, ...] = (
+        "mamba",
+        "mamba2",
+        "recurrentgemma",
+        "rwkv",
+        "xlstm",
+    )
     """Which models."""
     parts: tuple[ModelPart, ...] = ("forward", "both", "decode")
     """forward: logits; both: loss and gradient; decode: tokens per second at batch 1."""

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ from jaxrec.convert import engine
 from jaxrec.errors import UserError
 from jaxrec.generation import SamplingConfig, complete
 from jaxrec.models.mamba import MambaConfig
+from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.training.losses import cross_entropy
 from jaxrec.training.sharding import build_mesh
-
-PEERS = {"mamba": "Mamba", "recurrentgemma": "RecurrentGemma"}
-"""System -> the stem of the class names in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,26 +41,73 @@ class Sizes:
     prompt: int = 16
     new_tokens: int = 64
 
-    def model(self, system: str) -> MambaConfig | RecurrentGemmaConfig:
-        """The configuration of a system."""
-        if system == "mamba":
-            return MambaConfig(
-                vocab_size=self.vocab_size,
-                width=self.width,
-                layers=self.layers,
-                inner_width=2 * self.width,
-                step_rank=-(-self.width // 16),
-            )
-        return RecurrentGemmaConfig(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            recurrent_width=self.width,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            layers=self.layers,
+
+class System(NamedTuple):
+    """A recurrent language model that transformers has too."""
+
+    peer: str  # the stem of its class names in transformers
+    config: Callable[[Sizes], Any]
+
+
+SYSTEMS: dict[str, System] = {
+    "mamba": System(
+        "Mamba",
+        lambda sizes: MambaConfig(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            layers=sizes.layers,
+            inner_width=2 * sizes.width,
+            step_rank=-(-sizes.width // 16),
+        ),
+    ),
+    "mamba2": System(
+        "Mamba2",
+        lambda sizes: Mamba2Config(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            layers=sizes.layers,
+            heads=2 * sizes.heads,
+            head_width=sizes.width // sizes.heads,
+            state_size=2 * sizes.width // sizes.heads,
+            tie_embeddings=False,
+        ),
+    ),
+    "recurrentgemma": System(
+        "RecurrentGemma",
+        lambda sizes: RecurrentGemmaConfig(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            recurrent_width=sizes.width,
+            heads=sizes.heads,
+            mlp_width=sizes.mlp_width,
+            layers=sizes.layers,
             window=2048,
             context=8192,
-        )
+        ),
+    ),
+    "rwkv": System(
+        "Rwkv",
+        lambda sizes: RWKVConfig(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            inner_width=sizes.width,
+            mlp_width=4 * sizes.width,
+            layers=sizes.layers,
+        ),
+    ),
+    "xlstm": System(
+        "xLSTM",
+        lambda sizes: XLSTMConfig(
+            vocab_size=sizes.vocab_size,
+            width=sizes.width,
+            layers=sizes.layers,
+            heads=sizes.heads,
+            key_width=sizes.width // 2,
+            value_width=sizes.width,
+            mlp_width=-(-sizes.width * 8 // 3 // 64) * 64,
+        ),
+    ),
+}
 
 
 SMALL = Sizes(
@@ -90,7 +137,7 @@ def run(arguments: "bench.ModelsArguments") -> None:
     if peer is not None:
         for system in arguments.systems:
             differences = peer_differences(peer, system)
-            torch_peer.refuse_differences(f"{PEERS[system]} of transformers", differences)
+            torch_peer.refuse_differences(f"{SYSTEMS[system].peer} of transformers", differences)
             timing.say(f"{system}: transformers agrees: logits and every gradient")
     report: dict[str, Any] = {
         "benchmark": "models",
@@ -119,8 +166,8 @@ def load_peer() -> Any | None:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        for stem in PEERS.values():  # classes are imported when they are first named
-            getattr(transformers, f"{stem}ForCausalLM")
+        for system in SYSTEMS.values():  # classes are imported when they are first named
+            getattr(transformers, f"{system.peer}ForCausalLM")
     return transformers
 
 
@@ -129,7 +176,7 @@ def peer_model(peer: Any, system: str, model: Any) -> Any:
     import torch
 
     table = engine.find(system)
-    stem = PEERS[system]
+    stem = SYSTEMS[system].peer
     config = getattr(peer, f"{stem}Config")(**table.write_config(model.config))
     theirs = getattr(peer, f"{stem}ForCausalLM")(config).eval()
     tensors = engine.to_tensors(table, model)
@@ -141,7 +188,12 @@ def peer_model(peer: Any, system: str, model: Any) -> Any:
 
 def peer_differences(peer: Any, system: str) -> dict[str, float]:
     """What `torch_peer.differences` finds at a small size, from equal weights."""
-    model = SMALL.model(system).build(rngs=nnx.Rngs(0))
+    model = SYSTEMS[system].config(SMALL).build(rngs=nnx.Rngs(0))
+    # Weights that begin at zero leave others without a gradient to compare.
+    leaves, structure = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draws = (0.05 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True))
+    model = jax.tree.unflatten(structure, map(jnp.add, leaves, draws))
     tokens, labels = _inputs(SMALL)
     theirs = peer_model(peer, system, model)
     return torch_peer.differences(
@@ -165,7 +217,7 @@ def _inputs(sizes: Sizes) -> tuple[Array, Array]:
 
 def measure(system: str, part: str, sizes: Sizes, rounds: int, peer: Any | None) -> dict[str, Any]:
     """One part of one model, in turns with transformers."""
-    model = sizes.model(system).build(rngs=nnx.Rngs(0))
+    model = SYSTEMS[system].config(sizes).build(rngs=nnx.Rngs(0))
     call, compiled = _our_call(model, part, sizes)
     calls = {"jaxrec": call}
     if peer is not None:

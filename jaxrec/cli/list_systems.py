@@ -17,6 +17,8 @@ EXPERIMENTS = {
 GOLDEN = {
     "huginn": "tests/golden/test_huginn.py",
     "mamba": "tests/golden/test_mamba.py",
+    "mamba2": "tests/golden/test_mamba2.py",
+    "prefix_linear": "tests/golden/test_prefix_linear_attention.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",
     "rwkv": "tests/golden/test_rwkv.py",

@@ -8,23 +8,34 @@ from jax import Array, lax
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + epsilon) * scale (+ bias).
 
-    With `unit_offset` the parameter is the deviation of the scale from 1, and begins at 0.
+    With `unit_offset` the parameter is the deviation of the scale from 1, and begins at 0. With
+    several groups the mean is over each of so many equal parts of the channels.
 
     Zhang & Sennrich, Root mean square layer normalization (2019), arXiv:1910.07467.
     """
 
     def __init__(
-        self, width: int, *, epsilon: float = 1e-6, unit_offset: bool = False, bias: bool = False
+        self,
+        width: int,
+        *,
+        epsilon: float = 1e-6,
+        unit_offset: bool = False,
+        groups: int = 1,
+        bias: bool = False,
     ):
+        if width % groups:
+            raise ValueError(f"RMSNorm: width {width} does not divide into {groups} groups.")
         self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width), axes=(None,))
         self.bias = nnx.Param(jnp.zeros(width), axes=(None,)) if bias else None
         self.epsilon = epsilon
         self.unit_offset = unit_offset
+        self.groups = groups
 
     def __call__(self, x: Array) -> Array:
         """Normalises (... d) over d; returns x's dtype."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         normed = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        normed = normed.reshape(x.shape)
         scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
         y = normed.astype(x.dtype) * _spread(scale, x)
         return y if self.bias is None else y + _spread(self.bias[...], x)

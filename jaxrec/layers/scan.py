@@ -1,16 +1,21 @@
 """Scans as layers call them: over all devices among which time is split."""
 
+import functools
+
 import jax
 from jax import Array
 
 from jaxrec.layers.axes import time_axis
 from jaxrec.ops.time import (
     linear_scan,
+    matrix_scan,
     selective_scan,
     sharded_linear_scan,
+    sharded_matrix_scan,
     sharded_selective_scan,
     wkv,
 )
+from jaxrec.ops.time.matrix_scan import Rule
 from jaxrec.ops.time.wkv import WKVState
 
 
@@ -60,6 +65,36 @@ def wkv_over_time(
 ) -> tuple[Array, WKVState]:
     """`wkv`, over the devices among which the mesh splits time into equal parts."""
     return wkv(k, v, rate, bonus, state, reset=reset, axis=_axis(k.shape[1]))
+
+
+def matrix_scan_over_time(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    state: Array | None = None,
+    *,
+    beta: Array | None = None,
+    rule: Rule = "gated",
+    normalise: float | None = None,
+    reset: Array | None = None,
+    chunk: int = 64,
+) -> tuple[Array, Array]:
+    """`matrix_scan`, by `sharded_matrix_scan` where the mesh splits time into equal parts."""
+    axis = _axis(q.shape[1])
+    scan = matrix_scan if axis is None else functools.partial(sharded_matrix_scan, axis=axis)
+    return scan(
+        q,
+        k,
+        v,
+        log_decay,
+        state,
+        beta=beta,
+        rule=rule,
+        normalise=normalise,
+        reset=reset,
+        chunk=chunk,
+    )
 
 
 def _axis(time: int) -> str | None:

@@ -136,6 +136,7 @@ def test_models_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_models, "load_peer", lambda: None)
     out = tmp_path / "models.json"
     options = ["--smoke", "--parts", "forward", "decode", "--json", "--out", str(out)]
+    options += ["--systems", "mamba", "recurrentgemma"]
     assert main.main(["bench", "models", *options]) == 0
     head, *records = json_lines(capsys.readouterr().out)
     report = json.loads(out.read_text())
@@ -159,7 +160,7 @@ def test_a_model_of_transformers_that_differs_is_not_timed(monkeypatch, capsys):
 
 @pytest.mark.slow  # importing transformers alone takes longer than a few seconds
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("system", ["mamba", "recurrentgemma"])
+@pytest.mark.parametrize("system", bench_models.SYSTEMS)
 def test_transformers_agrees_where_it_is_installed(system):
     peer = bench_models.load_peer()
     if peer is not None:

@@ -118,6 +118,26 @@ def step_by_step(model, tokens, prefill: int = 1):
     return np.stack(logits, axis=1)
 
 
+def check_hidden_states(case: Case, model, tokens) -> None:
+    """The stream of a `RecurrentLM` after each block, from hidden_0 on, and then the normed one:
+    the README says that hidden_0 is the embedding, which the arrays are not."""
+
+    @jax.jit
+    def streams(model, tokens):
+        def body(x, layer):
+            block, block_state = layer
+            x, _ = block(x, block_state)
+            return x, x
+
+        blocks = model.init_state(tokens.shape[0]).blocks
+        _, after = jax.lax.scan(body, model.embed(tokens), (model.blocks, blocks))
+        return [*after, model.norm(after[-1])]
+
+    for i, stream in enumerate(streams(model, tokens)):
+        if f"hidden_{i}" in case:
+            case.check(f"hidden_{i}", stream)
+
+
 def check_round_trip(case: Case, model, folder: Path) -> None:
     """What is exported loads as the same model, and holds the tensors that the case came with."""
     convert.export(model, folder, case.system)

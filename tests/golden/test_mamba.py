@@ -1,8 +1,12 @@
 """Mamba against its original: hidden states, logits, gradients, cached decoding, conversion."""
 
-import jax
-
-from tests.golden.harness import cases, check_logits_and_gradients, check_round_trip, step_by_step
+from tests.golden.harness import (
+    cases,
+    check_hidden_states,
+    check_logits_and_gradients,
+    check_round_trip,
+    step_by_step,
+)
 
 FOLDERS = cases("mamba")
 
@@ -12,24 +16,7 @@ def test_logits_and_gradients(case, model, tokens):
 
 
 def test_hidden_states(case, model, tokens):
-    """The original keeps the stream after each block, from hidden_0 on, and then the normed one.
-    The README says that hidden_0 is the embedding, which the arrays are not."""
-
-    @jax.jit
-    def streams(model, tokens):
-        x, state = model.embed(tokens), model.init_state(tokens.shape[0])
-
-        def body(x, layer):
-            block, block_state = layer
-            x, _ = block(x, block_state)
-            return x, x
-
-        _, after = jax.lax.scan(body, x, (model.blocks, state.blocks))
-        return [*after, model.norm(after[-1])]
-
-    for i, stream in enumerate(streams(model, tokens)):
-        if f"hidden_{i}" in case:
-            case.check(f"hidden_{i}", stream)
+    check_hidden_states(case, model, tokens)
 
 
 def test_cached_decoding(case, model, tokens):

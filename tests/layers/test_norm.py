@@ -101,6 +101,14 @@ def test_zeros_stay_finite():
     np.testing.assert_array_equal(apply(RMSNorm(6), zeros), zeros)
 
 
+def test_groups_are_normalised_each_by_itself():
+    norm = RMSNorm(6, epsilon=1e-3, groups=3)
+    parts = [apply(RMSNorm(2, epsilon=1e-3), X[..., i : i + 2]) for i in (0, 2, 4)]
+    np.testing.assert_allclose(apply(norm, X), np.concatenate(parts, axis=-1), rtol=1e-6)
+    with pytest.raises(ValueError, match="width 6 does not divide into 4 groups"):
+        RMSNorm(6, groups=4)
+
+
 def test_groups_must_divide_the_width():
     with pytest.raises(ValueError, match="width 6 does not divide into 4 groups"):
         LayerNorm(6, groups=4)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxrec.layers.axes import merge_leading, time_axis
 from jaxrec.layers.rglru import RGLRU
+from jaxrec.layers.scan import matrix_scan_over_time
 from jaxrec.training.sharding import build_mesh
 from tests.ops.time.test_sharded import collectives
 
@@ -41,3 +42,19 @@ def test_a_layer_gathers_no_sequence(time):
         counts, largest = collectives(program)
         assert counts == {"all-gather": 1}
         assert largest == 4 * 2 * BATCH * WIDTH < x.size
+
+
+@pytest.mark.parametrize("time", [16, 15])
+def test_a_matrix_scan_gathers_no_sequence(time):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(BATCH, time, 2, WIDTH)).astype(np.float32) for _ in range(3))
+    want = jax.jit(matrix_scan_over_time)(q, k, v)
+    mesh = build_mesh("seq=4")
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(None, "seq") if time == 16 else jax.P())
+        program = jax.jit(matrix_scan_over_time, in_shardings=place).lower(q, k, v).compile()
+        got = program(*jax.device_put((q, k, v), place))
+    for left, right in zip(got, want, strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+    if time == 16:
+        assert collectives(program)[0] == {"all-gather": 1}

@@ -11,7 +11,16 @@ from flax import nnx
 
 from jaxrec.config import from_dict, to_dict
 from jaxrec.layers.axes import mesh_axes
-from jaxrec.models import huginn, linear_rnn, mamba, recurrentgemma, rwkv, xlstm
+from jaxrec.models import (
+    huginn,
+    linear_rnn,
+    mamba,
+    mamba2,
+    prefix_linear,
+    recurrentgemma,
+    rwkv,
+    xlstm,
+)
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
 
 CONFIGS = [
@@ -23,6 +32,12 @@ CONFIGS = [
     mamba.TINY,
     mamba.SMALL,
     mamba.MAMBA_2_8B,
+    mamba2.TINY,
+    mamba2.SMALL,
+    mamba2.MAMBA2_2_7B,
+    prefix_linear.TINY,
+    prefix_linear.JRT_360M,
+    prefix_linear.JRT_1_3B,
     recurrentgemma.TINY,
     recurrentgemma.SMALL,
     recurrentgemma.RECURRENTGEMMA_2B,

@@ -13,6 +13,8 @@ from flax import nnx
 
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
+from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
@@ -25,6 +27,17 @@ CONFIGS = [
         vocab_size=13, width=16, recurrent_width=12, heads=2, mlp_width=24, layers=2, context=32
     ),
     MambaConfig(vocab_size=13, width=16, layers=2, inner_width=24, step_rank=3, state_size=4),
+    Mamba2Config(vocab_size=13, width=16, layers=2, heads=4, head_width=6, state_size=5),
+    PrefixLMConfig(
+        vocab_size=13,
+        width=16,
+        mixers=("conv", "linear", "attention", "conv"),
+        heads=2,
+        mlp_width=24,
+        feature_width=3,
+        window=4,
+        context=32,
+    ),
     RecurrentGemmaConfig(
         vocab_size=13,
         width=16,
@@ -121,6 +134,11 @@ def test_remat_changes_no_gradient(model):
             np.testing.assert_allclose(left, right, atol=1e-5 * np.max(np.abs(right)))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [config for config in CONFIGS if hasattr(config, "layers")],  # and not one entry per layer
+    ids=lambda config: type(config).__name__,
+)
 def test_the_trace_does_not_grow_with_layers(config):
     def trace(factor):
         taller = dataclasses.replace(config, layers=6 * factor)

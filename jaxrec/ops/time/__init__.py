@@ -14,6 +14,7 @@ from jaxrec.ops.time.scan import linear_scan
 from jaxrec.ops.time.selective import selective_scan
 from jaxrec.ops.time.sharded import (
     sharded_linear_scan,
+    sharded_matrix_scan,
     sharded_running_max,
     sharded_selective_scan,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "selective_scan",
     "sharded_linear_scan",
     "sharded_running_max",
+    "sharded_matrix_scan",
     "sharded_selective_scan",
     "SLSTMState",
     "slstm_scan",

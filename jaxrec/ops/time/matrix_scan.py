@@ -107,7 +107,7 @@ def matrix_scan(
     if method == "sequential" or (method == "auto" and time <= FEW_STEPS):
         y, last = _sequential(inputs, state, chunk)
     else:
-        y, last = _chunkwise(inputs, state, chunk, _is_narrow(q, k, v))
+        y, last = _chunkwise(inputs, state, chunk)
     return finished(y, normalise, v.dtype), last
 
 
@@ -124,12 +124,11 @@ def prepare(
     reset: Array | None,
     chunk: int,
 ) -> tuple[Inputs, Array]:
-    """The arguments of `matrix_scan`, checked, in the dtype of the state, with resets in the decay
-    and what `normalise` adds to the values.
+    """The arguments of `matrix_scan`, checked, with resets in the decay and with what `normalise`
+    adds to the values; decays, beta and the state in the dtype of the state.
     """
     wide = _check(name, q, k, v, log_decay, state, beta, rule, normalise, reset, chunk)
     batch, _, heads, keys = q.shape
-    v = v.astype(wide)
     if normalise is not None:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if state is None:
@@ -140,12 +139,11 @@ def prepare(
         log_decay = g[..., None] if g.ndim == 3 else g
     if reset is not None:
         if log_decay is None:
-            log_decay = jnp.zeros_like(v[..., :1])
+            log_decay = jnp.zeros_like(v[..., :1], wide)
         log_decay = jnp.where(reset[:, :, None, None], _zero_decay(wide), log_decay)
     if rule == "delta":
-        beta = jnp.ones_like(v[..., :1]) if beta is None else beta.astype(wide)[..., None]
-    inputs = Inputs(q.astype(wide), k.astype(wide), v, log_decay, beta)
-    return inputs, state.astype(wide)
+        beta = jnp.ones_like(v[..., :1], wide) if beta is None else beta.astype(wide)[..., None]
+    return Inputs(q, k, v, log_decay, beta), state.astype(wide)
 
 
 def finished(y: Array, normalise: float | None, dtype: Any) -> Array:
@@ -158,10 +156,6 @@ def finished(y: Array, normalise: float | None, dtype: Any) -> Array:
 def _zero_decay(dtype: Any) -> float:
     """A log decay whose exponential is zero, and so small that sums of it keep many digits."""
     return -128.0 if dtype == jnp.float32 else -1024.0
-
-
-def _is_narrow(*arrays: Array) -> bool:
-    return all(jnp.finfo(x.dtype).bits < 32 for x in arrays)
 
 
 def _check(
@@ -233,7 +227,7 @@ def _sequential(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]
     """
 
     def step(state: Array, now: Inputs) -> tuple[Array, Array]:
-        q, k, v, log_decay, beta = now
+        q, k, v, log_decay, beta = _widened(now, state.dtype)
         if log_decay is not None:
             state = jnp.exp(log_decay)[..., None] * state
         if beta is not None:
@@ -252,6 +246,10 @@ def _sequential(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, (1, 3), (0, 1)), _to_chunks(inputs, chunk))
     last, y = lax.scan(stretch, state, chunks)
     return _from_chunks(jnp.moveaxis(y, (0, 1), (1, 3)), time), last
+
+
+def _widened(inputs: Inputs, dtype: Any) -> Inputs:
+    return jax.tree.map(lambda x: x.astype(dtype), inputs)
 
 
 def _whole_chunk(time: int, chunk: int) -> int:
@@ -327,50 +325,47 @@ def chunk_states(
     return jnp.swapaxes(before, 0, 1), last
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _chunkwise(inputs: Inputs, state: Array, chunk: int, narrow: bool) -> tuple[Array, Array]:
-    y, last, _ = forward(inputs, state, chunk, narrow, chunk_states)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _chunkwise(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]:
+    y, last, _ = forward(inputs, state, chunk, chunk_states)
     return y, last
 
 
-def _chunkwise_forward(inputs, state, chunk, narrow):  # type: ignore[no-untyped-def]
-    y, last, states = forward(inputs, state, chunk, narrow, chunk_states)
+def _chunkwise_forward(inputs, state, chunk):  # type: ignore[no-untyped-def]
+    y, last, states = forward(inputs, state, chunk, chunk_states)
     return (y, last), (inputs, states)
 
 
-def _chunkwise_backward(chunk, narrow, residuals, cotangents):  # type: ignore[no-untyped-def]
+def _chunkwise_backward(chunk, residuals, cotangents):  # type: ignore[no-untyped-def]
     (inputs, states), (dy, dlast) = residuals, cotangents
-    return backward(inputs, states, dy, dlast, chunk, narrow, chunk_states)
+    return backward(inputs, states, dy, dlast, chunk, chunk_states)
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
-def forward(
-    inputs: Inputs, state: Array, chunk: int, narrow: bool, run: States
-) -> tuple[Array, Array, Array]:
+def forward(inputs: Inputs, state: Array, chunk: int, run: States) -> tuple[Array, Array, Array]:
     """y (b t h v), the last state, and the states that enter each chunk (b n h k v).
 
     Args:
       inputs: of all steps.
       state: S before the first step.
       chunk: see `matrix_scan`.
-      narrow: the inputs had fewer digits than the products that a device prefers.
       run: runs the maps of the chunks.
     """
-    with _precision(narrow):
-        maps = _maps(inputs, chunk)
+    with _precision(inputs):
+        maps = _maps(inputs, chunk, state.dtype)
         states, last = run(maps.decay, maps.taken_out, maps.entering, state, reverse=False)
         y = maps.alone + jnp.matmul(maps.reads, states)
     return _from_chunks(y, inputs.q.shape[1]), last, states
 
 
 def backward(
-    inputs: Inputs, states: Array, dy: Array, dlast: Array, chunk: int, narrow: bool, run: States
+    inputs: Inputs, states: Array, dy: Array, dlast: Array, chunk: int, run: States
 ) -> tuple[Inputs, Array]:
     """The gradient to the inputs and to the state before the first step; see `forward`."""
-    with _precision(narrow):
-        maps, pull_back = jax.vjp(lambda inputs: _maps(inputs, chunk), inputs)
+    with _precision(inputs):
+        maps, pull_back = jax.vjp(lambda inputs: _maps(inputs, chunk, states.dtype), inputs)
         dy = _cut(dy, maps.alone.shape[3])
         read = jnp.matmul(jnp.swapaxes(maps.reads, -1, -2), dy)
         taken_out = None if maps.taken_out is None else jnp.swapaxes(maps.taken_out, -1, -2)
@@ -391,14 +386,19 @@ def backward(
     return dinputs, dstate
 
 
-def _precision(narrow: bool) -> Any:
-    """Products of float32 are exact to float32, which accelerators do not do by themselves."""
-    return contextlib.nullcontext() if narrow else jax.default_matmul_precision("highest")
+def _precision(inputs: Inputs) -> Any:
+    """Products of float32 are exact to float32, which accelerators do not do by themselves; those
+    of shorter numbers are as the device, or who set it up, prefers.
+    """
+    if all(jnp.finfo(x.dtype).bits < 32 for x in inputs[:3]):
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
 
 
-def _maps(inputs: Inputs, chunk: int) -> _Maps:
-    """The map of every chunk."""
-    q, k, v, log_decay, beta = _to_chunks(inputs, _whole_chunk(inputs.q.shape[1], chunk))
+def _maps(inputs: Inputs, chunk: int, dtype: Any) -> _Maps:
+    """The map of every chunk, in the dtype of the state."""
+    chunks = _to_chunks(inputs, _whole_chunk(inputs.q.shape[1], chunk))
+    q, k, v, log_decay, beta = _widened(chunks, dtype)
     sums = None if log_decay is None else _running_sums(log_decay)
     keys_at_end, reads, decay = k, q, jnp.ones_like(k[..., :1, :1])
     if sums is not None:

@@ -6,7 +6,8 @@ h -> P h + q with P the product of its decays and q its last state from zero, so
     1. find their own map,   2. exchange maps, (b ...) each,   3. run from what enters.
 
 The gradient is the same recurrence run backwards, see `jaxrec.ops.time.scan`; P is the same there,
-so that it exchanges once too.
+so that it exchanges once too. Where the state is a matrix, P multiplies it from the left: a row by
+a decay, or by a k x k matrix under the delta rule.
 
 Martin & Cundy, Parallelizing linear recurrent neural nets over sequence length (2018),
 arXiv:1709.04057, section 2.
@@ -14,7 +15,7 @@ arXiv:1709.04057, section 2.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,11 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxrec.ops.time import scan, selective
+from jaxrec.ops.time.matrix_scan import Inputs as MatrixInputs
+from jaxrec.ops.time.matrix_scan import Rule, chunk_states, finished
+from jaxrec.ops.time.matrix_scan import backward as matrix_backward
+from jaxrec.ops.time.matrix_scan import forward as matrix_forward
+from jaxrec.ops.time.matrix_scan import prepare as prepare_matrix_scan
 from jaxrec.ops.time.running_max import Method as MaxMethod
 from jaxrec.ops.time.running_max import prepare as prepare_max
 from jaxrec.ops.time.running_max import run as run_max
@@ -103,7 +109,8 @@ def sharded_selective_scan(
         cut = jnp.any(reset, axis=1)[:, None, None]
         product = jnp.where(cut, jnp.zeros((), state.dtype), jnp.exp(total))
         _, alone = step(jnp.zeros_like(state))
-        entering, last = _exchange(product, alone, state, axis, exchange, reverse=False)
+        maps = jnp.stack([product, alone])
+        entering, last = _exchange(_BY_ELEMENT, maps, state, axis, exchange, reverse=False)
         return step(entering)[0], last
 
     over_time, everywhere, _ = _places(axis)
@@ -148,6 +155,39 @@ def sharded_running_max(
     return _on_devices(run, axis, places, (over_time, everywhere))(log_decay, x, m0)
 
 
+def sharded_matrix_scan(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    state: Array | None = None,
+    *,
+    axis: str,
+    beta: Array | None = None,
+    rule: Rule = "gated",
+    normalise: float | None = None,
+    reset: Array | None = None,
+    chunk: int = 64,
+    exchange: Exchange = "all_gather",
+) -> tuple[Array, Array]:
+    """`matrix_scan` over the devices of one axis of the current mesh (`jax.set_mesh`).
+
+    Arguments and results are those of `matrix_scan`, time spread over `axis`; `axis` and `exchange`
+    are those of `sharded_linear_scan`. Every device works by chunks. A map is a state and a decay
+    of its rows, (b h k 1+v), and under the delta rule a state and a transition, (b h k k+v).
+
+    Raises:
+      ValueError: as `matrix_scan` and `sharded_linear_scan`.
+    """
+    name = "sharded_matrix_scan"
+    inputs, state = prepare_matrix_scan(
+        name, q, k, v, log_decay, state, beta, rule, normalise, reset, chunk
+    )
+    _check(name, q.shape[1], axis, exchange)
+    y, last = _matrix_scan(inputs, state, axis, chunk, exchange)
+    return finished(y, normalise, v.dtype), last
+
+
 def _check(name: str, time: int, axis: str, exchange: str) -> None:
     if exchange not in get_args(Exchange):
         raise ValueError(f"{name}: exchange must be one of {get_args(Exchange)}, got {exchange!r}.")
@@ -170,7 +210,8 @@ def _forward(a, b, h0, axis, reverse, method, exchange):  # type: ignore[no-unty
     def run(a: Array, b: Array, h0: Array) -> tuple[Array, ...]:
         product = jnp.prod(a.astype(h0.dtype), axis=1)
         _, alone = scan.run(a, b, jnp.zeros_like(h0), reverse, method)
-        entering, last = _exchange(product, alone, h0, axis, exchange, reverse=reverse)
+        maps = jnp.stack([product, alone])
+        entering, last = _exchange(_BY_ELEMENT, maps, h0, axis, exchange, reverse=reverse)
         h, _ = scan.run(a, b, entering, reverse, method)
         return h, last, entering[None], product[None]
 
@@ -184,7 +225,8 @@ def _forward(a, b, h0, axis, reverse, method, exchange):  # type: ignore[no-unty
 def _backward(axis, reverse, method, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
     def run(a: Array, h: Array, entering: Array, product: Array, dh: Array, dlast: Array):  # type: ignore[no-untyped-def]
         _, alone = scan.run_adjoint(a, dh, jnp.zeros_like(dlast), reverse, method)
-        arriving, dh0 = _exchange(product[0], alone, dlast, axis, exchange, reverse=not reverse)
+        maps = jnp.stack([product[0], alone])
+        arriving, dh0 = _exchange(_BY_ELEMENT, maps, dlast, axis, exchange, reverse=not reverse)
         db, _ = scan.run_adjoint(a, dh, arriving, reverse, method)
         h_before = scan.shifted(h, entering[0].astype(h.dtype), towards_start=reverse)
         return db * h_before, db, dh0
@@ -197,6 +239,76 @@ def _backward(axis, reverse, method, exchange, residuals, cotangents):  # type: 
 
 
 _scan.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matrix_scan(
+    inputs: MatrixInputs, state: Array, axis: str, chunk: int, exchange: Exchange
+) -> tuple[Array, Array]:
+    (y, last), _ = _matrix_forward(inputs, state, axis, chunk, exchange)
+    return y, last
+
+
+def _matrix_forward(inputs, state, axis, chunk, exchange):  # type: ignore[no-untyped-def]
+    def run(inputs: MatrixInputs, state: Array) -> tuple[Array, Array, Array]:
+        return matrix_forward(
+            inputs, state, chunk, functools.partial(_matrix_states, axis=axis, exchange=exchange)
+        )
+
+    over_time, everywhere, _ = _places(axis)
+    places = (over_time, everywhere), (over_time, everywhere, over_time)
+    y, last, states = _on_devices(run, axis, *places)(inputs, state)
+    return (y, last), (inputs, states)
+
+
+def _matrix_backward(axis, chunk, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
+    def run(inputs: MatrixInputs, states: Array, dy: Array, dlast: Array) -> Any:
+        return matrix_backward(
+            inputs,
+            states,
+            dy,
+            dlast,
+            chunk,
+            functools.partial(_matrix_states, axis=axis, exchange=exchange),
+        )
+
+    over_time, everywhere, _ = _places(axis)
+    places = (over_time, over_time, over_time, everywhere), (over_time, everywhere)
+    return _on_devices(run, axis, *places)(*residuals, *cotangents)
+
+
+_matrix_scan.defvjp(_matrix_forward, _matrix_backward)
+
+
+def _matrix_states(
+    decay: Array,
+    taken_out: Array | None,
+    entering: Array,
+    state: Array,
+    *,
+    reverse: bool,
+    axis: str,
+    exchange: Exchange,
+) -> tuple[Array, Array]:
+    """`chunk_states` where a device holds some of the chunks."""
+    run = functools.partial(chunk_states, decay, taken_out, reverse=reverse)
+    if taken_out is None:
+        total = jnp.broadcast_to(jnp.prod(decay, axis=1), (*state.shape[:-1], 1))
+        _, alone = run(entering, jnp.zeros_like(state))
+        maps, kind = jnp.concatenate([total, alone], axis=-1), _BY_ROW
+    else:
+        # What the chunks do to the identity is their product.
+        identity = jnp.broadcast_to(
+            jnp.eye(state.shape[-2], dtype=state.dtype), decay.shape[:1] + taken_out.shape[2:]
+        )
+        nothing = jnp.zeros_like(taken_out)
+        _, maps = run(
+            jnp.concatenate([nothing, entering], axis=-1),
+            jnp.concatenate([identity, jnp.zeros_like(state)], axis=-1),
+        )
+        kind = _BY_MATRIX
+    arriving, last = _exchange(kind, maps, state, axis, exchange, reverse=reverse)
+    return run(entering, arriving)[0], last
 
 
 def _places(axis: str) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
@@ -214,14 +326,48 @@ def _on_devices(
     return jax.jit(mapped)  # only a compiled shard_map may leave axes to the compiler
 
 
+class _Kind(NamedTuple):
+    """How maps x -> P x + q are kept in one array, and what P x is."""
+
+    apart: Callable[[Array, Array], tuple[Array, Array]]  # map, state -> P, q
+    together: Callable[[Array, Array], Array]  # P, q -> map
+    product: Callable[[Array, Array], Array]  # P, x -> P x
+
+    def apply(self, one: Array, state: Array) -> Array:
+        """P x + q."""
+        p, q = self.apart(one, state)
+        return self.product(p, state) + q
+
+    def after(self, later: Array, earlier: Array, state: Array) -> Array:
+        """The map of `earlier` followed by that of `later`."""
+        p, q = self.apart(earlier, state)
+        return self.together(self.product(self.apart(later, state)[0], p), self.apply(later, q))
+
+
+def _columns(one: Array, state: Array) -> tuple[Array, Array]:
+    width = one.shape[-1] - state.shape[-1]
+    return one[..., :width], one[..., width:]
+
+
+def _side_by_side(p: Array, q: Array) -> Array:
+    return jnp.concatenate([p, q], axis=-1)
+
+
+_BY_ELEMENT = _Kind(
+    lambda one, state: (one[0], one[1]), lambda p, q: jnp.stack([p, q]), jnp.multiply
+)
+_BY_ROW = _Kind(_columns, _side_by_side, jnp.multiply)
+_BY_MATRIX = _Kind(_columns, _side_by_side, functools.partial(jnp.matmul, precision="highest"))
+
+
 def _exchange(
-    product: Array, alone: Array, start: Array, axis: str, exchange: Exchange, *, reverse: bool
+    kind: _Kind, maps: Array, start: Array, axis: str, exchange: Exchange, *, reverse: bool
 ) -> tuple[Array, Array]:
     """The state that enters this device, and the one that leaves the last of them.
 
     Args:
-      product: P of this device's map.
-      alone: q of this device's map.
+      kind: of the maps.
+      maps: this device's map.
       start: state that enters the first device.
       axis: mesh axis.
       exchange: see `sharded_linear_scan`.
@@ -229,13 +375,12 @@ def _exchange(
     """
     size = lax.axis_size(axis)
     rank = size - 1 - lax.axis_index(axis) if reverse else lax.axis_index(axis)
-    maps = jnp.stack([product, alone])
     if exchange == "all_gather":
         every = lax.all_gather(maps, axis)
         every = jnp.flip(every, 0) if reverse else every
 
         def step(state: Array, one: Array) -> tuple[Array, Array]:
-            return one[0] * state + one[1], state
+            return kind.apply(one, state), state
 
         last, entering = lax.scan(step, start, every)
         return lax.dynamic_index_in_dim(entering, rank, keepdims=False), last
@@ -247,10 +392,9 @@ def _exchange(
 
     distance = 1
     while distance < size:  # each round doubles how many devices a map stands for
-        before = from_before(maps, distance)
-        composed = jnp.stack([maps[0] * before[0], maps[0] * before[1] + maps[1]])
+        composed = kind.after(maps, from_before(maps, distance), start)
         maps = jnp.where(rank >= distance, composed, maps)
         distance *= 2
-    leaving = maps[0] * start + maps[1]
+    leaving = kind.apply(maps, start)
     entering = jnp.where(rank == 0, start, from_before(leaving, 1))
     return entering, lax.psum(jnp.where(rank == size - 1, leaving, jnp.zeros_like(leaving)), axis)

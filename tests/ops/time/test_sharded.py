@@ -10,8 +10,10 @@ import pytest
 
 from jaxrec.ops.time import (
     linear_scan,
+    matrix_scan,
     selective_scan,
     sharded_linear_scan,
+    sharded_matrix_scan,
     sharded_selective_scan,
 )
 
@@ -117,6 +119,81 @@ def test_selective_scan_equals_one_device(sizes, with_resets, exchange):
     close(got, want)
 
 
+HEADS, KEYS, VALUES = 2, 4, 3
+
+
+def matrix_inputs(rule, decay):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    shape = (BATCH, TIME, HEADS)
+    k = draw(*shape, KEYS)
+    case = {"q": draw(*shape, KEYS), "k": k / np.linalg.norm(k, axis=-1, keepdims=True)}
+    case |= {"v": draw(*shape, VALUES), "state": draw(BATCH, HEADS, KEYS, VALUES)}
+    if decay is not None:
+        case["log_decay"] = -np.abs(draw(*shape) if decay == "head" else draw(*shape, KEYS))
+    if rule == "delta":
+        case["beta"] = 1 / (1 + np.exp(-draw(*shape)))
+    return case
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ppermute"])
+@pytest.mark.parametrize(
+    "sizes, rule, decay, with_resets",
+    [
+        ("seq", "gated", None, True),
+        ("data and seq", "gated", "head", False),
+        ("seq", "gated", "key", True),
+        ("data and seq", "delta", None, False),
+        ("one device", "delta", "head", True),
+        ("seq", "delta", "key", True),
+    ],
+)
+def test_matrix_scan_equals_one_device(sizes, rule, decay, with_resets, exchange):
+    case = matrix_inputs(rule, decay)
+    reset = inputs()[3] if with_resets else None
+    weights = case["v"], case["state"]
+
+    def loss_and_gradient(scan):
+        def loss(case):
+            y, last = scan(**case, rule=rule, reset=reset, chunk=2)
+            return jnp.sum(y * weights[0]) + jnp.sum(last * weights[1]), (y, last)
+
+        return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(case))
+
+    want = loss_and_gradient(matrix_scan)
+    with jax.set_mesh(mesh(MESHES[sizes])):
+        got = loss_and_gradient(
+            functools.partial(sharded_matrix_scan, axis="seq", exchange=exchange)
+        )
+    close(got, want)
+
+
+def test_normalised_matrix_scan_equals_one_device():
+    case = {name: np.abs(matrix_inputs("gated", None)[name]) for name in "qkv"}
+    want = jax.jit(lambda case: matrix_scan(**case, normalise=1e-6))(case)
+    with jax.set_mesh(mesh({"seq": 8})):
+        scan = functools.partial(sharded_matrix_scan, axis="seq", normalise=1e-6)
+        close(jax.jit(lambda case: scan(**case))(case), want)
+
+
+def test_heads_of_a_matrix_scan_may_lie_on_different_devices():
+    """The compiler needs no help: heads do not talk, so nothing is sent."""
+    case = matrix_inputs("delta", "head")
+    run = functools.partial(matrix_scan, rule="delta", chunk=8)
+    want = jax.jit(lambda case: run(**case))(case)
+    devices = mesh({"model": HEADS})
+    with jax.set_mesh(devices):
+        heads_second = jax.NamedSharding(devices, jax.P(None, "model"))
+        heads_third = jax.NamedSharding(devices, jax.P(None, None, "model"))
+        places = {name: heads_second if name == "state" else heads_third for name in case}
+        program = jax.jit(lambda case: run(**case), in_shardings=(places,)).lower(case).compile()
+        close(program(jax.device_put(case, places)), want)
+    assert "all-" not in program.as_text() and "collective" not in program.as_text()
+
+
 def test_without_a_state_it_begins_at_zero():
     a, b, h0, _ = inputs()
     with jax.set_mesh(mesh({"seq": 4})):
@@ -174,6 +251,32 @@ def test_only_carries_travel(exchange, forward, both):
         found, size = collectives(program)
         assert found == counts
         assert size <= largest
+
+
+@pytest.mark.parametrize("rule, width", [("gated", 1 + VALUES), ("delta", KEYS + VALUES)])
+def test_only_carries_of_a_matrix_scan_travel(rule, width):
+    case = matrix_inputs(rule, "head")
+    devices = mesh({"seq": 8})
+    over_time, everywhere = (jax.NamedSharding(devices, jax.P(*p)) for p in ((None, "seq"), ()))
+    places = {name: everywhere if name == "state" else over_time for name in case}
+
+    def scan(case):
+        return sharded_matrix_scan(**case, axis="seq", rule=rule)
+
+    def pull_back(case, dy, dlast):
+        return jax.vjp(scan, case)[1]((dy, dlast))
+
+    with jax.set_mesh(devices):
+        forward = jax.jit(scan, in_shardings=(places,)).lower(case).compile()
+        both = (
+            jax.jit(pull_back, in_shardings=(places, over_time, everywhere))
+            .lower(case, case["v"], case["state"])
+            .compile()
+        )
+    for program, count in ((forward, 1), (both, 2)):
+        found, size = collectives(program)
+        assert found == {"all-gather": count}
+        assert size == 8 * BATCH * HEADS * KEYS * width
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Made tasks that ask what a sequence model remembers."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrec.training.data.batches import IGNORED
+
+BEGIN, BETWEEN, ASK, SPECIAL = 1, 2, 3, 4
+"""Tokens of `set_disjointness` that frame its lists; ordinary ones begin at SPECIAL."""
+
+
+class Task(NamedTuple):
+    """Sequences, and the token that each position must predict, or IGNORED."""
+
+    inputs: np.ndarray  # int64 (b t)
+    labels: np.ndarray  # int64 (b t)
+
+
+def set_disjointness(examples: int, first: int, second: int, *, vocab: int, seed: int) -> Task:
+    """Two lists that share one token, which is to be named: [1] A [2] B [3] -> the shared token.
+
+    A model with a fixed state must keep the list that it reads first, whatever its length; which
+    one is short decides how hard that is. A is drawn from one half of the ordinary tokens and B
+    from the other, without repetition; then a random place of B takes a random token of A.
+
+    Args:
+      examples: number of sequences b.
+      first: tokens of A.
+      second: tokens of B.
+      vocab: number of tokens, the four special ones included.
+      seed: of NumPy's `RandomState`, whose stream never changes.
+
+    Returns:
+      Sequences of length t = first + second + 3, the only label at the last position.
+
+    Raises:
+      ValueError: half the vocabulary is smaller than a list.
+
+    Arora et al. (2024), arXiv:2407.05483, section 3.
+    """
+    half = vocab // 2
+    if not (1 <= first <= half and 1 <= second <= vocab - SPECIAL - half):
+        raise ValueError(
+            f"set_disjointness: lists of {first} and {second} tokens need 1 .. {half} and"
+            f" 1 .. {vocab - SPECIAL - half} for a vocabulary of {vocab}."
+        )
+    random = np.random.RandomState(seed)
+    inputs = np.empty((examples, first + second + 3), np.int64)
+    labels = np.full_like(inputs, IGNORED)
+    for row, label in zip(inputs, labels, strict=True):
+        tokens = random.permutation(np.arange(SPECIAL, vocab))
+        a = random.choice(tokens[:half], first, replace=False)
+        b = random.choice(tokens[half:], second, replace=False)
+        shared = a[random.randint(first)]
+        b[random.randint(second)] = shared
+        row[:] = [BEGIN, *a, BETWEEN, *b, ASK]
+        label[-1] = shared
+    return Task(inputs, labels)
+
+
+def associative_recall(examples: int, pairs: int, time: int, *, vocab: int, seed: int) -> Task:
+    """Multi-query associative recall: key-value pairs, and then the keys again among filler tokens,
+    each to be followed by its value.
+
+    Keys are distinct tokens of 1 .. vocab/2 - 1, values are tokens of vocab/2 .. vocab - 1, and 0
+    fills. A query stands at a distance from its pair drawn by a power law, as repeated words do.
+
+    Args:
+      examples: number of sequences b.
+      pairs: of a key and a value, at the beginning.
+      time: length t >= 4 pairs.
+      vocab: number of tokens.
+      seed: of NumPy's `default_rng`.
+
+    Returns:
+      Sequences, and labels where a key is asked for, at the position of the key.
+
+    Raises:
+      ValueError: t is too short, or there are fewer keys than pairs.
+
+    Arora et al., Zoology: measuring and improving recall in efficient language models (2023),
+    arXiv:2312.04927.
+    """
+    if time < 4 * pairs or pairs > vocab // 2 - 1 or pairs < 1:
+        raise ValueError(
+            f"associative_recall: {pairs} pairs need t >= {4 * pairs} and vocab >="
+            f" {2 * pairs + 2}, got {time} and {vocab}."
+        )
+    random = np.random.default_rng(seed)
+    inputs = np.zeros((examples, time), np.int64)
+    labels = np.full_like(inputs, IGNORED)
+    places = (time - 2 * pairs) // 2  # a query and its answer take two tokens
+    weights = np.arange(1, places + 1, dtype=np.float64) ** (POWER - 1)
+    weights /= weights.sum()
+    for row, label in zip(inputs, labels, strict=True):
+        keys = random.choice(np.arange(1, vocab // 2), pairs, replace=False)
+        values = random.choice(np.arange(vocab // 2, vocab), pairs)
+        row[: 2 * pairs : 2], row[1 : 2 * pairs : 2] = keys, values
+        at = 2 * pairs + 2 * random.choice(places, pairs, replace=False, p=weights)
+        row[at], row[at + 1] = keys, values
+        label[at] = values
+    return Task(inputs, labels)
+
+
+POWER = 0.01
+"""Exponent of the power law of `associative_recall`, that of the published task."""
+
+
+class PrefixBatch(NamedTuple):
+    """What a model with a prefix is trained on, see `losses.prefix_loss`."""
+
+    inputs: np.ndarray  # int32 (b t), a share of the prefix masked
+    labels: np.ndarray  # int32 (b t): the token that follows, IGNORED inside the prefix
+    masked: np.ndarray  # int32 (b t): the token that was masked out here, or IGNORED
+
+
+def mask_prefix(
+    tokens: np.ndarray, length: int, mask_token: int, *, share: float = 0.15, seed: int
+) -> PrefixBatch:
+    """Masks a share of the first `length` of tokens (b t+1) and asks for them, and for every token
+    that follows one after them.
+
+    Raises:
+      ValueError: the prefix does not leave a token to predict, or the share is none.
+    """
+    time = tokens.shape[1] - 1
+    if not (0 <= length < time and 0 <= share <= 1):
+        raise ValueError(
+            f"mask_prefix: needs 0 <= length < {time} and a share within [0, 1], got {length} and"
+            f" {share}."
+        )
+    inputs, labels = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
+    hidden = np.random.default_rng(seed).random(inputs.shape) < share
+    hidden[:, length:] = False
+    ignored = np.int32(IGNORED)
+    return PrefixBatch(
+        np.where(hidden, np.int32(mask_token), inputs),
+        np.where(np.arange(time) < length, ignored, labels),
+        np.where(hidden, inputs, ignored),
+    )

@@ -1,0 +1,68 @@
+"""Made tasks: that their answers can be found in them, and nowhere else."""
+
+import numpy as np
+import pytest
+
+from jaxrec.training.data import synthetic
+from jaxrec.training.data.batches import IGNORED
+
+
+def test_the_lists_share_the_token_that_is_asked_for_and_no_other():
+    task = synthetic.set_disjointness(20, 3, 9, vocab=40, seed=1)
+    assert task.inputs.shape == task.labels.shape == (20, 15)
+    for row, label in zip(task.inputs, task.labels, strict=True):
+        assert (row[0], row[4], row[14]) == (1, 2, 3)
+        a, b = row[1:4], row[5:14]
+        assert set(a) & set(b) == {label[-1]}
+        assert len(set(a)) == 3 and len(set(b)) == 9
+        assert min(*a, *b) >= 4 and max(*a, *b) < 40
+        assert np.all(label[:-1] == IGNORED)
+    again = synthetic.set_disjointness(20, 3, 9, vocab=40, seed=1)
+    np.testing.assert_array_equal(task.inputs, again.inputs)
+    assert np.any(task.inputs != synthetic.set_disjointness(20, 3, 9, vocab=40, seed=2).inputs)
+
+
+def test_every_key_is_asked_for_once_and_answered_by_its_value():
+    task = synthetic.associative_recall(20, 4, 32, vocab=24, seed=0)
+    for row, label in zip(task.inputs, task.labels, strict=True):
+        pairs = dict(zip(row[:8:2].tolist(), row[1:8:2].tolist(), strict=True))
+        assert len(pairs) == 4 and max(pairs) < 12 <= min(pairs.values())
+        (asked,) = np.nonzero(label != IGNORED)
+        assert asked.min() >= 8
+        assert {row[i]: label[i] for i in asked} == pairs
+        np.testing.assert_array_equal(row[asked + 1], label[asked])
+        rest = np.delete(row, [*range(8), *asked, *(asked + 1)])
+        assert not np.any(rest)
+
+
+def test_a_masked_prefix_asks_for_what_it_hides_and_for_what_follows():
+    tokens = np.arange(1, 12)[None].repeat(50, 0)
+    batch = synthetic.mask_prefix(tokens, 6, 99, share=0.3, seed=0)
+    hidden = batch.inputs == 99
+    assert 0.2 < hidden[:, :6].mean() < 0.4 and not hidden[:, 6:].any()
+    np.testing.assert_array_equal(batch.inputs[~hidden], tokens[:, :-1][~hidden])
+    np.testing.assert_array_equal(batch.masked[hidden], tokens[:, :-1][hidden])
+    assert np.all(batch.masked[~hidden] == IGNORED) and np.all(batch.labels[:, :6] == IGNORED)
+    np.testing.assert_array_equal(batch.labels[:, 6:], tokens[:, 7:])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: synthetic.set_disjointness(1, 3, 20, vocab=40, seed=0),
+            r"lists of 3 and 20 tokens need 1 \.\. 20 and 1 \.\. 16 for a vocabulary of 40",
+        ),
+        (
+            lambda: synthetic.associative_recall(1, 4, 15, vocab=24, seed=0),
+            "4 pairs need t >= 16 and vocab >= 10, got 15 and 24",
+        ),
+        (
+            lambda: synthetic.mask_prefix(np.zeros((1, 5)), 4, 9, seed=0),
+            "needs 0 <= length < 4 and a share within .*got 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
