@@ -74,8 +74,6 @@ class ModelsArguments:
     """Which models."""
     parts: tuple[ModelPart, ...] = ("forward", "both", "decode")
     """forward: logits; both: loss and gradient; decode: tokens per second at batch 1."""
-    beside: tuple[ModelPart, ...] = ("forward", "both", "decode")
-    """Parts that transformers runs too. Its Mamba takes minutes for one gradient on a CPU."""
     mlp_width: int = 384
     """Inner width of RecurrentGemma's MLP. 384 has the ratio to the width that transformers takes
     by default; 768 has that of the published models."""

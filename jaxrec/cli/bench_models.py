@@ -47,6 +47,7 @@ class System(NamedTuple):
 
     peer: str  # the stem of its class names in transformers
     config: Callable[[Sizes], Any]
+    beside: tuple["bench.ModelPart", ...] = ("forward", "both", "decode")  # what transformers runs
 
 
 SYSTEMS: dict[str, System] = {
@@ -59,6 +60,7 @@ SYSTEMS: dict[str, System] = {
             inner_width=2 * sizes.width,
             step_rank=-(-sizes.width // 16),
         ),
+        beside=("forward", "decode"),  # one gradient takes minutes on a CPU
     ),
     "mamba2": System(
         "Mamba2",
@@ -104,6 +106,7 @@ SYSTEMS: dict[str, System] = {
             heads=sizes.heads,
             key_width=sizes.width // 2,
             value_width=sizes.width,
+            chunk=min(sizes.time, 64),
             mlp_width=-(-sizes.width * 8 // 3 // 64) * 64,
         ),
     ),
@@ -151,7 +154,7 @@ def run(arguments: "bench.ModelsArguments") -> None:
     with timing.without_compilation_cache(), jax.set_mesh(build_mesh("data=1")):
         for system in arguments.systems:
             for part in arguments.parts:
-                beside = peer if part in arguments.beside else None
+                beside = peer if part in SYSTEMS[system].beside else None
                 report["results"].append(measure(system, part, sizes, rounds, beside))
                 timing.say(f"{system}: {part} timed")
     timing.publish(report, as_json=arguments.json, out=arguments.out)
