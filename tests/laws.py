@@ -47,6 +47,7 @@ from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
 from jaxrec.ops.time import (
     MLSTMState,
+    SLSTMState,
     WKVState,
     dense_scan,
     linear_scan,
@@ -54,6 +55,7 @@ from jaxrec.ops.time import (
     mlstm_scan,
     running_max,
     selective_scan,
+    slstm_scan,
     wkv,
 )
 from tests import references
@@ -333,6 +335,33 @@ def gated_memory(method: str) -> Subject:
         run=run,
         loop=loop,
         log_trace=True,
+    )
+
+
+def scalar_memory() -> Subject:
+    """`slstm_scan` from and to sums that are not scaled; see `weighted_mean`."""
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        h, c, root_n = state
+        start = SLSTMState(h, c, jnp.square(root_n), jnp.zeros_like(c))
+        y, last = slstm_scan(x, params, start, reset=reset)
+        scale = jnp.exp(last.maximum)
+        return y, (last.hidden, last.cell * scale, jnp.sqrt(last.normaliser * scale))
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        h, c, root_n = state
+        y, h, c, n = references.slstm(x, params, h, c, root_n**2, reset)
+        return y, (h, c, np.sqrt(n))
+
+    return Subject(
+        name="slstm_scan",
+        inputs=lambda rng, batch, time: (
+            draw(rng, (4, 2, 3, 3)) * np.float32(0.5),
+            draw(rng, (batch, time, 4, 2, 3)),
+        ),
+        start=lambda params, batch, time: tuple(np.zeros((3, batch, 2, 3), np.float32)),
+        run=run,
+        loop=loop,
     )
 
 
@@ -907,6 +936,7 @@ SUBJECTS = [
     *(maximum(method) for method in ("sequential", "associative")),
     weighted_mean(),
     *(gated_memory(method) for method in ("sequential", "chunkwise")),
+    scalar_memory(),
     *(selective(method) for method in ("sequential", "chunked")),
     *(matrix("gated", decay, "chunkwise") for decay in (None, "head")),
     *(matrix("delta", decay, "chunkwise") for decay in (None, "head", "key")),

@@ -83,6 +83,18 @@ def mlstm(q, k, v, input_gate, log_forget, memory, normaliser, m, reset, eps):
     return np.stack(out, axis=1), memory, normaliser, m
 
 
+def slstm(x, recurrent, h, c, n, reset):
+    out = []
+    for t in range(x.shape[1]):
+        h, c, n = (np.where(spread(reset[:, t], s), 0, s) for s in (h, c, n))
+        z, i, f, o = np.moveaxis(x[:, t] + np.einsum("bhn,ghnm->bghm", h, recurrent), 1, 0)
+        c = sigmoid(f) * c + np.exp(i) * np.tanh(z)
+        n = sigmoid(f) * n + np.exp(i)
+        h = sigmoid(o) * c / n
+        out.append(h)
+    return np.stack(out, axis=1), h, c, n
+
+
 def causal_conv(x, kernel, bias, window, reset):
     out = []
     for t in range(x.shape[1]):

@@ -19,7 +19,8 @@ from jax.nn.initializers import Initializer, constant, zeros
 
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.norm import LayerNorm
-from jaxrec.ops.time import MLSTMState, mlstm_scan
+from jaxrec.layers.scan import mlstm_over_time
+from jaxrec.ops.time import MLSTMState
 
 
 def _spread_forget_bias(
@@ -103,7 +104,7 @@ class MLSTM(nnx.Module):
         with jax.named_scope("mlstm"):
             i = self._capped(self.input_gate(x))
             log_f = jax.nn.log_sigmoid(self._capped(self.forget_gate(x)))
-            y, state = mlstm_scan(
+            y, state = mlstm_over_time(
                 self.query(x),
                 self.key(x),
                 self.value(x),

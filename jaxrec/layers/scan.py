@@ -7,8 +7,10 @@ from jax import Array
 
 from jaxrec.layers.axes import time_axis
 from jaxrec.ops.time import (
+    MLSTMState,
     linear_scan,
     matrix_scan,
+    mlstm_scan,
     selective_scan,
     sharded_linear_scan,
     sharded_matrix_scan,
@@ -94,6 +96,25 @@ def matrix_scan_over_time(
         normalise=normalise,
         reset=reset,
         chunk=chunk,
+    )
+
+
+def mlstm_over_time(
+    q: Array,
+    k: Array,
+    v: Array,
+    input_gate: Array,
+    log_forget: Array,
+    state: MLSTMState | None = None,
+    *,
+    reset: Array | None = None,
+    chunk: int = 64,
+    eps: float = 1e-6,
+) -> tuple[Array, MLSTMState]:
+    """`mlstm_scan`, over the devices among which the mesh splits time into equal parts."""
+    axis = _axis(q.shape[1])
+    return mlstm_scan(
+        q, k, v, input_gate, log_forget, state, reset=reset, chunk=chunk, eps=eps, axis=axis
     )
 
 

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.mlstm import MLSTM
+from jaxrec.training.sharding import build_mesh
 from tests import references
+from tests.ops.time.test_sharded import collectives
 
 INIT = jax.nn.initializers.normal()
 
@@ -57,3 +59,21 @@ def test_the_state_is_float32_whatever_the_activations():
     assert y.dtype == jnp.bfloat16
     assert [leaf.shape for leaf in state] == [(2, 2, 2, 3), (2, 2, 2), (2, 2)]
     assert all(leaf.dtype == jnp.float32 for leaf in state)
+
+
+def test_no_sequence_is_gathered():
+    """A head's map is a decay and a state of 2 x 3 numbers and the 2 of the normaliser."""
+    rng = np.random.default_rng(0)
+    mixer = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), build())
+    x = rng.normal(size=(2, 32, 8)).astype(np.float32)
+    state = mixer.init_state(2)
+    want = jax.jit(mixer)(x, state)
+    devices = build_mesh("seq=4")
+    with jax.set_mesh(devices):
+        place = jax.NamedSharding(devices, jax.P(None, "seq"))
+        program = jax.jit(mixer, in_shardings=(place, None)).lower(x, state).compile()
+        got = program(jax.device_put(x, place), state)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5 * np.max(np.abs(right)))
+    _, largest = collectives(program)
+    assert largest <= 4 * 2 * 2 * 2 * (1 + 3 + 1) < x.size

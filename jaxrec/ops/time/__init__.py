@@ -18,6 +18,7 @@ from jaxrec.ops.time.sharded import (
     sharded_running_max,
     sharded_selective_scan,
 )
+from jaxrec.ops.time.slstm import SLSTMState, slstm_scan, slstm_step
 from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
     "sharded_running_max",
     "sharded_matrix_scan",
     "sharded_selective_scan",
+    "SLSTMState",
+    "slstm_scan",
+    "slstm_step",
     "WKVState",
     "wkv",
 ]

@@ -11,7 +11,8 @@ Beck et al., xLSTM: extended long short-term memory (2024), arXiv:2405.04517, se
 al., xLSTM 7B: a recurrent LLM for fast and efficient inference (2025), arXiv:2503.13427 (epsilon).
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,6 +20,11 @@ from jax import Array, lax
 from jaxrec.ops.time.matrix_scan import Method, matrix_scan
 from jaxrec.ops.time.running_max import running_max
 from jaxrec.ops.time.scan import delayed, linear_scan
+from jaxrec.ops.time.sharded import (
+    sharded_linear_scan,
+    sharded_matrix_scan,
+    sharded_running_max,
+)
 
 
 class MLSTMState(NamedTuple):
@@ -49,6 +55,7 @@ def mlstm_scan(
     chunk: int = 64,
     eps: float = 1e-6,
     method: Method = "auto",
+    axis: str | None = None,
 ) -> tuple[Array, MLSTMState]:
     """Runs the recurrence above over the time axis, with q scaled by k^-1/2.
 
@@ -62,13 +69,15 @@ def mlstm_scan(
       reset: bool (b t). True: nothing enters this step.
       chunk: see `matrix_scan`.
       eps: added to the denominator as it is kept, y = C^T q / (max(|n . q|, e^-m) + eps).
-      method: see `matrix_scan`.
+      method: see `matrix_scan`; over devices it is always by chunks.
+      axis: the axis of the current mesh over which time is spread, if it is.
 
     Returns:
       y (b t h v) in v's dtype, and the last state, float32 (float64 for such inputs).
 
     Raises:
-      ValueError: shapes or dtypes do not fit, t is 0, chunk is below 1, or the method is unknown.
+      ValueError: shapes or dtypes do not fit, t is 0, chunk is below 1, or the method is unknown;
+        or as `sharded_linear_scan`.
     """
     _check(q, k, v, input_gate, log_forget, state)
     arrays = (q, k, v, input_gate, log_forget, *(state or ()))
@@ -78,10 +87,18 @@ def mlstm_scan(
     memory, normaliser, first = (leaf.astype(wide) for leaf in state)
     input_gate, log_forget = input_gate.astype(wide), log_forget.astype(wide)
 
+    maximum: Any
+    scan: Any
+    if axis is None:
+        maximum, scan = running_max, functools.partial(matrix_scan, method=method)
+    else:
+        maximum = functools.partial(sharded_running_max, axis=axis)
+        scan = functools.partial(sharded_matrix_scan, axis=axis)
+
     entering = input_gate
     if reset is not None:  # there the maximum of nothing, 0, has its share instead of what was kept
         entering = jnp.where(reset[..., None], jnp.maximum(log_forget, input_gate), input_gate)
-    m, last_maximum = running_max(log_forget, entering, first, reset=reset)
+    m, last_maximum = maximum(log_forget, entering, first, reset=reset)
     m_before = delayed(m, first)
     if reset is not None:
         m_before = jnp.where(reset[..., None], 0, m_before)
@@ -89,7 +106,7 @@ def mlstm_scan(
     # Not more than 0 but for rounding, and where it is 0 a minimum would halve its gradient.
     log_decay = log_decay - lax.stop_gradient(jnp.maximum(log_decay, 0))
     ones = jnp.ones_like(v[..., :1], dtype=wide)
-    y, last = matrix_scan(
+    y, last = scan(
         q.astype(wide) * q.shape[-1] ** -0.5,
         k.astype(wide) * jnp.exp(input_gate - m)[..., None],
         jnp.concatenate([v.astype(wide), ones], axis=-1),
@@ -97,9 +114,8 @@ def mlstm_scan(
         jnp.concatenate([memory, normaliser[..., None]], axis=-1),
         reset=reset,
         chunk=chunk,
-        method=method,
     )
-    unit = _one_with_gradient_of(m, m_before, log_forget, input_gate, first, reset)
+    unit = _one_with_gradient_of(m, m_before, log_forget, input_gate, first, reset, axis)
     denominator = jnp.maximum(jnp.abs(y[..., -1]), jnp.exp(-m)) + eps * unit
     y = y[..., :-1] / denominator[..., None]
     return y.astype(v.dtype), MLSTMState(last[..., :-1], last[..., -1], last_maximum)
@@ -112,6 +128,7 @@ def _one_with_gradient_of(
     input_gate: Array,
     first: Array,
     reset: Array | None,
+    axis: str | None,
 ) -> Array:
     """1 with the gradient of e^m (b t h): epsilon is in a unit that depends on m.
 
@@ -120,7 +137,8 @@ def _one_with_gradient_of(
     """
     keeps = log_forget + m_before >= input_gate
     reaches_back = keeps if reset is None else keeps & ~reset[..., None]
-    log_unit, _ = linear_scan(
+    scan = linear_scan if axis is None else functools.partial(sharded_linear_scan, axis=axis)
+    log_unit, _ = scan(
         lax.stop_gradient(reaches_back.astype(m.dtype)),
         jnp.where(keeps, log_forget, input_gate),
         first,

@@ -7,10 +7,11 @@ import pytest
 
 from jaxrec.ops.time import MLSTMState, mlstm_scan
 from tests import references
+from tests.ops.time.test_sharded import mesh
 
 METHODS = ("sequential", "chunkwise")
 methods = pytest.mark.parametrize("method", METHODS)
-run = jax.jit(mlstm_scan, static_argnames=("chunk", "eps", "method"))
+run = jax.jit(mlstm_scan, static_argnames=("chunk", "eps", "method", "axis"))
 # Ten times the largest gap between the loop in float32 and in float64, 5e-7 of numbers around 1.
 TOLERANCE = 5e-6
 
@@ -149,6 +150,26 @@ def test_a_state_may_be_scaled_in_any_way():
     want, _ = run(*case, state, eps=0.0)
     got, _ = run(*case, other, eps=0.0)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+def test_over_devices():
+    case, reset = inputs(time=24), np.random.default_rng(1).random((2, 24)) < 0.1
+    _, state = run(*inputs())
+    weights = np.random.default_rng(2).normal(size=(2, 24, 2, 4)).astype(np.float32)
+
+    def value_and_gradient(case, state, axis):
+        def loss(case, state):
+            y, last = mlstm_scan(*case, state, reset=reset, chunk=4, eps=0.3, axis=axis)
+            return jnp.sum(y * weights), (y, last)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(case, state)
+
+    both = jax.jit(value_and_gradient, static_argnums=2)
+    want = jax.device_get(both(case, state, None))
+    with jax.set_mesh(mesh({"data": 2, "seq": 4})):
+        got = jax.device_get(both(case, state, "seq"))
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, atol=TOLERANCE * np.max(np.abs(right)))
 
 
 def test_dtypes():
