@@ -80,6 +80,7 @@ class Subject:
     bf16: error in units of bfloat16's epsilon, 2^-7; None: there are no such inputs.
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
+    keeps_state: False: start gives None.
     composed: a whole model, whose layers are subjects too: some laws are slow tests for it.
     graded: has a gradient; False: no gradient passes, which its own tests check.
     """
@@ -93,6 +94,7 @@ class Subject:
     bf16: float | None = 1.0
     log_trace: bool = False
     trained: bool = False
+    keeps_state: bool = True
     composed: bool = False
     graded: bool = True
 
@@ -463,8 +465,12 @@ def module(
       **fields: `x` (rng, b, t -> input), `draws` (last word of a parameter's path -> rng, shape ->
         values, where the usual ones would not do) and further fields of `Subject`.
     """
-    graph, variables = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
-    shapes = nnx.to_pure_dict(variables)
+
+    @functools.cache  # when the first test asks: collecting all tests builds nothing
+    def built() -> tuple[Any, Any]:
+        graph, variables = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+        return graph, nnx.to_pure_dict(variables)
+
     x = fields.pop("x", activations)
     draws = fields.pop("draws", {})
 
@@ -476,13 +482,13 @@ def module(
                 return rng.uniform(-5, -2, leaf.shape).astype(np.float32)
             return np.float32(path[-1].key == "scale") + np.float32(0.3) * draw(rng, leaf.shape)
 
-        return jax.tree_util.tree_map_with_path(parameter, shapes)
+        return jax.tree_util.tree_map_with_path(parameter, built()[1])
 
     return Subject(
         name=name,
         inputs=lambda rng, batch, time: (parameters(rng), x(rng, batch, time)),
-        start=lambda params, b, t: start(nnx.merge(graph, params), b, t),
-        run=lambda params, x, state, reset: call(nnx.merge(graph, params), x, state, reset),
+        start=lambda params, b, t: start(nnx.merge(built()[0], params), b, t),
+        run=lambda params, x, state, reset: call(nnx.merge(built()[0], params), x, state, reset),
         **fields,
     )
 
@@ -507,6 +513,7 @@ def attention(name: str, *, cached: bool, pairing: str = "half", **options: Any)
             Attention, 8, 4, rotary_base=50.0, rotary_pairing=pairing, init=INIT, **options
         ),
         start=lambda layer, b, t: layer.init_state(b, capacity=t) if cached else None,
+        keeps_state=cached,
         call=lambda layer, x, cache, reset: layer(x, cache, segment_ids=segment_ids(reset)),
         loop=lambda params, x, cache, reset: (
             references.attention(
@@ -682,6 +689,7 @@ def huginn(name: str, *, cached: bool, depth: int = 2, **options: Any) -> Subjec
         gradient_gap=5e-6,  # two loops over normalised streams amplify
         bf16=6.0,
         trained=not cached,
+        keeps_state=cached,
         composed=True,
     )
 
@@ -992,9 +1000,19 @@ LOOPS = [
     Loop(name="iterate sqrt remat", run=functools.partial(iterate, remat="sqrt")),
 ]
 
+
+def each(of: list[Subject]) -> pytest.MarkDecorator:
+    """Every subject; whole models as slow tests."""
+    return pytest.mark.parametrize(
+        "subject",
+        [pytest.param(s, id=str(s), marks=pytest.mark.slow if s.composed else ()) for s in of],
+    )
+
+
 subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-KEEPING_STATE = [s for s in SUBJECTS if s.case(1, 1)[2] is not None]
-keeping_state = pytest.mark.parametrize("subject", KEEPING_STATE, ids=str)
+smaller_subjects = each(SUBJECTS)
+KEEPING_STATE = [s for s in SUBJECTS if s.keeps_state]
+keeping_state = each(KEEPING_STATE)
 loops = pytest.mark.parametrize("loop", LOOPS, ids=str)
 
 
@@ -1164,7 +1182,7 @@ def test_a_loop_may_be_cut_anywhere(loop, cut):
 # 4. A reset equals starting anew
 
 
-@subjects
+@smaller_subjects
 def test_a_reset_equals_starting_anew(subject):
     params, x, state, _ = case = subject.case(3, 12)
     reset = np.zeros((3, 12), bool)
@@ -1197,7 +1215,7 @@ def test_one_element_may_be_reset_between_two_calls(subject):
 # 5. Batch elements do not talk
 
 
-@subjects
+@smaller_subjects
 def test_batch_elements_do_not_talk(subject):
     params, x, state, reset = subject.case(3, 12, reset=True)
     y, _ = subject.jit(params, x, state, reset)
@@ -1226,7 +1244,7 @@ def test_batch_elements_of_a_loop_do_not_talk(loop):
 # 6. The past does not see the future
 
 
-@subjects
+@smaller_subjects
 @pytest.mark.parametrize("now", [1, 6, 11])
 def test_the_past_does_not_see_the_future(subject, now):
     params, x, state, reset = subject.case(3, 12, reset=True)
@@ -1256,7 +1274,7 @@ def test_any_number_of_steps(loop, n):
 # 8. bfloat16 inputs stay finite and close
 
 
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.bf16 is not None], ids=str)
+@each([s for s in SUBJECTS if s.bf16 is not None])
 def test_bfloat16_stays_finite_and_close(subject):
     params, x, _, _ = subject.case(3, 100)
     params, x = jax.tree.map(
@@ -1288,7 +1306,7 @@ def equations(jaxpr: Any) -> int:
     return len(jaxpr.eqns) + sum(equations(sub) for sub in subs if hasattr(sub, "eqns"))
 
 
-@subjects
+@smaller_subjects
 def test_the_trace_does_not_grow_with_time(subject):
     sizes = []
     for time in (64, 256, 1024) if subject.log_trace else (64, 1024):

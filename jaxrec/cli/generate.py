@@ -34,6 +34,8 @@ class Arguments:
     """Draw from the tokens at least p times as probable as the best only."""
     repetition_penalty: float = 1.0
     """Above 1 discourages tokens that the text already has."""
+    read_twice: bool = False
+    """Read each prompt twice before going on: a model with a fixed state recalls more of it."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End before this string; repeat for several."""
     seed: int = 0
@@ -79,6 +81,7 @@ def run(arguments: Arguments) -> int:
         depth=arguments.depth,
         latent_key=latent_key,
         stop_tokens=begin,  # where the next document would begin
+        read_twice=arguments.read_twice,
     )
     show_at_once = len(prompts) == 1 and not arguments.json
     texts = _consume(stream, prompts, show_at_once)

@@ -17,7 +17,7 @@ from jax import Array
 
 from jaxrec.errors import UserError
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
-from jaxrec.models.protocol import LanguageModel, loop_inputs
+from jaxrec.models.protocol import LanguageModel, loop_inputs, prefix_inputs
 
 STOPPED = -1
 """What a row gives instead of a token once it has stopped."""
@@ -36,6 +36,7 @@ def generate(
     depth: int | None = None,
     latent_key: Array | None = None,
     stop_tokens: Sequence[int] = (),
+    read_twice: bool = False,
 ) -> Iterator[np.ndarray]:
     """Continues prompts; yields the next token of every row as soon as it is known.
 
@@ -48,6 +49,9 @@ def generate(
       depth: loops of a looped model, the trained mean if None; None for other models.
       latent_key: randomness of a looped model's initial latent state; None begins at zero.
       stop_tokens: a row ends before any of these.
+      read_twice: every prompt is read a second time after itself, so that a model with a fixed
+        state knows what will be asked when it reads (Arora et al. 2024, arXiv:2407.05483, section
+        3: JRT-Prompt).
 
     Yields:
       int32 (b), `STOPPED` for rows that have ended. Ends when all have, or after max_new_tokens.
@@ -57,6 +61,8 @@ def generate(
         shall follow, or a count is below one. Raised by the call, not by the first `next`.
     """
     config = config or SamplingConfig()
+    if read_twice:
+        prompts = [[*prompt, *prompt] for prompt in prompts]
     _check(model, prompts, max_new_tokens, depth)
     if key is None and not config.is_greedy:
         raise UserError(
@@ -89,6 +95,7 @@ def complete(
     depth: int | None = None,
     latent_key: Array | None = None,
     stop_tokens: Sequence[int] = (),
+    read_twice: bool = False,
 ) -> list[list[int]]:
     """All new tokens of every row at once; arguments and errors as for `generate`."""
     steps = generate(
@@ -100,6 +107,7 @@ def complete(
         depth=depth,
         latent_key=latent_key,
         stop_tokens=stop_tokens,
+        read_twice=read_twice,
     )
     rows = np.stack(list(steps), axis=1)
     return [row[row != STOPPED].tolist() for row in rows]
@@ -183,6 +191,7 @@ def _prefill(
         tokens,
         model.init_state(batch, capacity=capacity, depth=max_depth),
         segment_ids=(position >= 0).astype(jnp.int32),
+        **prefix_inputs(model.config, position >= 0),
         **_loop_inputs(model, loop, jnp.maximum(position, 0)),
     )
     return state

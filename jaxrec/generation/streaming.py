@@ -86,6 +86,7 @@ def stream_text(
     depth: int | None = None,
     latent_key: Array | None = None,
     stop_tokens: Sequence[int] = (),
+    read_twice: bool = False,
 ) -> TextStream:
     """Continues prompts and gives the text of every row as it comes, without the prompt.
 
@@ -100,6 +101,7 @@ def stream_text(
       depth: loops of a looped model.
       latent_key: randomness of a looped model's initial latent state.
       stop_tokens: a row ends before any of these.
+      read_twice: every prompt is read a second time after itself.
 
     Raises:
       UserError: as for `generate`, or a stop string is empty.
@@ -114,6 +116,7 @@ def stream_text(
         depth=depth,
         latent_key=latent_key,
         stop_tokens=stop_tokens,
+        read_twice=read_twice,
     )
     return TextStream(rows, steps)
 

@@ -75,3 +75,8 @@ def loop_inputs(
     Empty for a model without a loop, which then can be called in the same way.
     """
     return {} if config.mean_depth is None else {"depth": depth, "key": key}
+
+
+def prefix_inputs(config: LanguageModelConfig, prompt: Array) -> dict[str, Any]:
+    """`prefix` for models that read a prompt, bool (b t), without causality; none for others."""
+    return {"prefix": prompt} if getattr(config, "reads_prefix", False) else {}

@@ -1,18 +1,13 @@
 """The experiment's small run works and reports what the table of its README holds."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "s4_lssl"
+from tests.experiments.smoke import EXPERIMENTS, smoke
 
 
 def test_smoke(tmp_path):
-    command = [sys.executable, str(FOLDER / "run.py"), "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    results, published = json.loads(done.stdout), json.loads((FOLDER / "results.json").read_text())
+    results = smoke("s4_lssl", tmp_path)
+    published = json.loads((EXPERIMENTS / "s4_lssl" / "results.json").read_text())
     for name in ("S5", "RG-LRU"):
         assert {*results[name]} <= {*published[name]}
         assert 0 <= results[name]["pixels"] <= 1

@@ -86,17 +86,24 @@ def named(config):
     return " ".join([type(config).__name__, *kind])
 
 
-@pytest.fixture(params=CONFIGS, ids=named, scope="module")
-def config(request):
-    return request.param
+SAMPLE = (LinearRNNConfig, PrefixLMConfig, RecurrentGemmaConfig)  # one of each way to stack blocks
+configs = pytest.mark.parametrize("config", CONFIGS, ids=named)
+sample_first = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(c, id=named(c), marks=() if isinstance(c, SAMPLE) else pytest.mark.slow)
+        for c in CONFIGS
+    ],
+)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(config):
     return toy.drawn(config)
 
 
-def test_packed_documents_equal_separate_ones(model):
+@configs
+def test_packed_documents_equal_separate_ones(config, model):
     packed = np.concatenate([TOKENS[:1, :5], TOKENS[1:, :6]], axis=1)
     logits, _ = run(model, packed, segment_ids=np.array([[1] * 5 + [2] * 6], np.int32))
     for row, begin, end in ((0, 0, 5), (1, 5, 11)):
@@ -104,7 +111,8 @@ def test_packed_documents_equal_separate_ones(model):
         np.testing.assert_allclose(logits[:, begin:end], alone, atol=TOLERANCE)
 
 
-def test_decoding_token_by_token_equals_the_full_pass(model):
+@configs
+def test_decoding_token_by_token_equals_the_full_pass(config, model):
     whole, _ = run(model, TOKENS)
     state, parts = model.init_state(2, capacity=11), []
     for t in range(11):
@@ -113,7 +121,8 @@ def test_decoding_token_by_token_equals_the_full_pass(model):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=TOLERANCE)
 
 
-def test_left_padded_prompts_equal_unpadded_ones(model):
+@sample_first
+def test_left_padded_prompts_equal_unpadded_ones(config, model):
     ids = np.ones((2, 10), np.int32)
     ids[0, :4] = 0
     state = model.init_state(2, capacity=11)
@@ -125,7 +134,8 @@ def test_left_padded_prompts_equal_unpadded_ones(model):
     np.testing.assert_allclose(last[1:], run(model, TOKENS)[0][1:, 10:], atol=TOLERANCE)
 
 
-def test_the_state_keeps_its_size_and_is_float32(model):
+@configs
+def test_the_state_keeps_its_size_and_is_float32(config, model):
     start = model.init_state(2, capacity=1000)
     _, state = jax.eval_shape(lambda model, tokens: model(tokens, start), model, TOKENS)
     assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, state)
@@ -133,6 +143,7 @@ def test_the_state_keeps_its_size_and_is_float32(model):
     assert all(leaf.dtype in (jnp.float32, *integers) for leaf in jax.tree.leaves(state))
 
 
+@sample_first
 def test_bfloat16_weights_keep_a_float32_state_and_stay_close(config, model):
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     logits, state = run(small, TOKENS, small.init_state(2, capacity=11))
@@ -145,7 +156,8 @@ def test_bfloat16_weights_keep_a_float32_state_and_stay_close(config, model):
     np.testing.assert_allclose(logits, want, atol=1.5 * 2.0**-7 * np.max(np.abs(want)))
 
 
-def test_remat_changes_no_gradient(model):
+@sample_first
+def test_remat_changes_no_gradient(config, model):
     @functools.partial(jax.jit, static_argnames="remat")
     def gradient(model, remat):
         return jax.grad(lambda model: jnp.mean(model(TOKENS, remat=remat)[0] ** 2))(model)
@@ -170,6 +182,7 @@ def test_the_trace_does_not_grow_with_layers(config):
     assert trace(1) == trace(3)
 
 
+@configs
 def test_twenty_steps_lower_the_loss(config):
     values = toy.losses(toy.initialised(config), toy.counting(13))
     assert values[0] < 6  # logits are not large at the start, about log 13 = 2.6

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxrec.training.losses import cross_entropy
 
 
+@functools.cache
 def drawn(config):
     """The model with every parameter drawn by NumPy, so that none is zero or one, and at once."""
     rng = np.random.default_rng(0)

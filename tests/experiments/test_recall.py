@@ -1,0 +1,13 @@
+"""The experiment's small run works, with every rule once."""
+
+import pytest
+
+from tests.experiments.smoke import smoke
+
+
+@pytest.mark.slow  # seven models to compile
+def test_smoke(tmp_path):
+    models = smoke("recall", tmp_path)["models"]
+    assert len({model["name"] for model in models}) == len(models) == 7
+    sizes = {model["name"]: model["state_numbers"] for model in models}
+    assert sizes["transformer"] > sizes["DeltaNet"] > 0
