@@ -982,8 +982,15 @@ SUBJECTS = [
     xlstm(),
     linear_attention("RetNet", gate="constant", rotary_base=50.0, bf16=2.0),
     linear_attention("GLA", gate="logistic"),
-    linear_attention("KDA", rule="delta", gate="key_step", conv_width=3, beta_scale=2.0, bf16=2.0),
-    linear_attention("DeltaNet", rule="delta", conv_width=3, output_gate=False, bf16=6.0),
+    linear_attention(
+        "KDA",
+        rule="delta",
+        gate="key_step",
+        conv_width=3,
+        beta_scale=2.0,
+        output_gate=False,
+        bf16=6.0,
+    ),
     linear_attention_lm(),
 ]
 

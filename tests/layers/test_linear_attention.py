@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.layers.linear_attention import DecayGate, LinearAttention
+from jaxrec.training.sharding import build_mesh
 from tests import references
 
 INIT = truncated_normal(0.3)
@@ -112,3 +113,24 @@ def test_what_is_read_is_normalised_by_head():
     np.testing.assert_allclose(larger, y, atol=1e-3)
     params = jax.device_get(nnx.to_pure_dict(nnx.split(layer)[1]))
     assert np.std(references.linear(params["value"], x)) > 100
+
+
+def test_time_may_lie_on_several_devices():
+    """Convolutions, positions and states reach across the devices, and resets end them there."""
+    layer = build(rule="delta", gate="step", conv_width=4, rotary_base=10.0, chunk=2)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 16, 8)).astype(np.float32)
+    reset = rng.random((2, 16)) < 0.15
+    state = layer.init_state(2)
+    state = state._replace(hidden=rng.normal(size=state.hidden.shape).astype(np.float32))
+
+    def run(layer, x, state, reset):
+        return layer(x, state, reset=reset)
+
+    want = jax.jit(run)(layer, x, state, reset)
+    mesh = build_mesh("seq=4")
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(None, "seq"))
+        got = jax.jit(run)(layer, *jax.device_put((x, state, reset), (place, None, place)))
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)

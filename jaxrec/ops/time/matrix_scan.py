@@ -37,9 +37,6 @@ from jaxrec.ops.time.scan import linear_scan, shifted
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
 
-FEW_STEPS = 4
-"""Up to here "auto" takes one step after the other."""
-
 FORWARD_SUBSTITUTION = 8
 """Blocks of this size are inverted row by row, larger ones from their quarters."""
 
@@ -86,7 +83,7 @@ def matrix_scan(
       chunk: steps that are worked on together, at the cost of c x c products for each head, rounded
         up to a power of two; the gradient keeps t / chunk states.
       method: "sequential" is one loop over time, the definition; "chunkwise" has depth t / chunk
-        and consists of matrix products; "auto" is sequential for up to 4 steps.
+        and consists of matrix products; "auto" is sequential for a single step.
 
     Returns:
       y (b t h v) in v's dtype, and the last state, float32 (float64 for such inputs), ready to be
@@ -103,8 +100,7 @@ def matrix_scan(
     )
     if method not in get_args(Method):
         raise ValueError(f"matrix_scan: method must be one of {get_args(Method)}, got {method!r}.")
-    time = q.shape[1]
-    if method == "sequential" or (method == "auto" and time <= FEW_STEPS):
+    if method == "sequential" or (method == "auto" and q.shape[1] == 1):
         y, last = _sequential(inputs, state, chunk)
     else:
         y, last = _chunkwise(inputs, state, chunk)

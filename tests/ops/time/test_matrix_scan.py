@@ -115,8 +115,8 @@ def test_the_gradient_of_a_gradient_is_that_of_the_loop(rule, decay):
         np.testing.assert_allclose(got[name], want[name], atol=1e-5 * scale, err_msg=name)
 
 
-def test_auto_takes_few_steps_one_by_one():
-    for time, method in ((1, "sequential"), (4, "sequential"), (5, "chunkwise")):
+def test_auto_takes_a_single_step_as_it_is():
+    for time, method in ((1, "sequential"), (2, "chunkwise"), (7, "chunkwise")):
         case = inputs(time=time)
         for got, want in zip(run(case), run(case, method=method), strict=True):
             np.testing.assert_array_equal(got, want)
