@@ -28,7 +28,7 @@ READINGS = ("causal", "prefix", "read twice")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
     results = run(4 if options.smoke else options.steps, options.smoke)
@@ -41,7 +41,7 @@ def main() -> None:
 
 def run(steps: int, smoke: bool) -> dict[str, Any]:
     """Trains every reading with every feature width and returns what there is to report."""
-    widths, batch, examples = ((4, 8), 64, 400) if not smoke else ((2,), 4, 4)
+    widths, batch, examples = ((4, 8), 32, 400) if not smoke else ((2,), 4, 4)
     results: dict[str, Any] = {"steps": steps, "batch": batch, "models": []}
     for feature_width in widths:
         config = PrefixLMConfig(
@@ -102,13 +102,13 @@ def mixed(batch: int, step: int, reading: str) -> dict[str, np.ndarray]:
 
 def task(examples: int, first: int, second: int, seed: int, reading: str) -> dict[str, np.ndarray]:
     """Sequences of one size, as a model reads them."""
-    inputs, labels = set_disjointness(examples, first, second, vocab=VOCAB, seed=seed)
+    made = set_disjointness(examples, first, second, vocab=VOCAB, seed=seed).batch()
     if reading == "read twice":
-        labels = np.concatenate([np.full_like(labels, IGNORED), labels], axis=1)
-        inputs = np.concatenate([inputs, inputs], axis=1)
-    made = {"inputs": inputs.astype(np.int32), "labels": labels.astype(np.int32)}
+        inputs, labels = made["inputs"], made["labels"]
+        made["inputs"] = np.concatenate([inputs, inputs], axis=1)
+        made["labels"] = np.concatenate([np.full_like(labels, IGNORED), labels], axis=1)
     if reading == "prefix":
-        made["prefix"] = np.ones(inputs.shape, bool)
+        made["prefix"] = np.ones(made["inputs"].shape, bool)
     return made
 
 

@@ -36,7 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=400, help="of training, for each model")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
     results = run(3 if options.smoke else options.steps, options.smoke)
@@ -105,8 +105,7 @@ def models(key_widths: tuple[int, ...]) -> list[tuple[str, Any]]:
 
 
 def task(examples: int, seed: int) -> dict[str, np.ndarray]:
-    made = associative_recall(examples, PAIRS, TIME, vocab=VOCAB, seed=seed)
-    return {name: x.astype(np.int32) for name, x in made._asdict().items()}
+    return associative_recall(examples, PAIRS, TIME, vocab=VOCAB, seed=seed).batch()
 
 
 def state_numbers(model: Any) -> int:

@@ -16,6 +16,10 @@ class Task(NamedTuple):
     inputs: np.ndarray  # int64 (b t)
     labels: np.ndarray  # int64 (b t)
 
+    def batch(self) -> dict[str, np.ndarray]:
+        """What `tasks.train_task` takes, int32."""
+        return {name: x.astype(np.int32) for name, x in self._asdict().items()}
+
 
 def set_disjointness(examples: int, first: int, second: int, *, vocab: int, seed: int) -> Task:
     """Two lists that share one token, which is to be named: [1] A [2] B [3] -> the shared token.
