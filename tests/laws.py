@@ -81,7 +81,8 @@ class Subject:
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
     keeps_state: False: start gives None.
-    composed: a whole model, whose layers are subjects too: some laws are slow tests for it.
+    module: made of ops, which are subjects too: fewer lengths and cuts, the rest as slow tests.
+    composed: a whole model, whose layers are subjects too: most laws are slow tests for it.
     graded: has a gradient; False: no gradient passes, which its own tests check.
     """
 
@@ -95,6 +96,7 @@ class Subject:
     log_trace: bool = False
     trained: bool = False
     keeps_state: bool = True
+    module: bool = False
     composed: bool = False
     graded: bool = True
 
@@ -489,6 +491,7 @@ def module(
         inputs=lambda rng, batch, time: (parameters(rng), x(rng, batch, time)),
         start=lambda params, b, t: start(nnx.merge(built()[0], params), b, t),
         run=lambda params, x, state, reset: call(nnx.merge(built()[0], params), x, state, reset),
+        module=True,
         **fields,
     )
 
@@ -1024,7 +1027,15 @@ loops = pytest.mark.parametrize("loop", LOOPS, ids=str)
 
 
 def for_each(name: str, values: list[int], of: list[Subject], quick: int) -> pytest.MarkDecorator:
-    """Every subject with every value; for whole models, those other than `quick` are slow."""
+    """Every subject with every value; for modules all but the first and `quick`, for whole models
+    all but `quick` are slow tests.
+    """
+
+    def is_slow(subject: Subject, value: int) -> bool:
+        if subject.composed:
+            return value != quick
+        return subject.module and value not in (values[0], quick)
+
     return pytest.mark.parametrize(
         ("subject", name),
         [
@@ -1032,7 +1043,7 @@ def for_each(name: str, values: list[int], of: list[Subject], quick: int) -> pyt
                 subject,
                 value,
                 id=f"{value}-{subject}",
-                marks=pytest.mark.slow if subject.composed and value != quick else (),
+                marks=pytest.mark.slow if is_slow(subject, value) else (),
             )
             for subject in of
             for value in values
