@@ -82,7 +82,8 @@ def _write_config(config: MambaConfig) -> dict[str, Any]:
     }
 
 
-def _rules(config: MambaConfig) -> list[Rule]:
+def shared_rules(config: Any) -> list[Rule]:
+    """What Mamba and Mamba-2 have in common."""
     theirs, ours = "backbone.layers.{i}.mixer.", "blocks/mixer"
     rules = [
         same("backbone.embeddings.weight", "embedding/table"),
@@ -90,9 +91,6 @@ def _rules(config: MambaConfig) -> list[Rule]:
         same("backbone.layers.{i}.norm.weight", "blocks/mixer_norm/scale"),
         transposed(f"{theirs}in_proj.weight", f"{ours}/input/kernel"),
         depthwise(f"{theirs}conv1d.weight", f"{ours}/conv_kernel"),
-        transposed(f"{theirs}x_proj.weight", f"{ours}/select/kernel"),
-        transposed(f"{theirs}dt_proj.weight", f"{ours}/step/kernel"),
-        same(f"{theirs}dt_proj.bias", f"{ours}/step/bias"),
         same(f"{theirs}A_log", f"{ours}/log_rate"),
         same(f"{theirs}D", f"{ours}/skip"),
         transposed(f"{theirs}out_proj.weight", f"{ours}/out/kernel"),
@@ -107,12 +105,25 @@ def _rules(config: MambaConfig) -> list[Rule]:
     return rules
 
 
+def tied_head(config: Any) -> dict[str, str]:
+    """The tensor that a checkpoint with tied embeddings may hold twice."""
+    return {"lm_head.weight": "backbone.embeddings.weight"} if config.tie_embeddings else {}
+
+
+def _rules(config: MambaConfig) -> list[Rule]:
+    theirs, ours = "backbone.layers.{i}.mixer.", "blocks/mixer"
+    return [
+        *shared_rules(config),
+        transposed(f"{theirs}x_proj.weight", f"{ours}/select/kernel"),
+        transposed(f"{theirs}dt_proj.weight", f"{ours}/step/kernel"),
+        same(f"{theirs}dt_proj.bias", f"{ours}/step/bias"),
+    ]
+
+
 SYSTEM = System(
     name="mamba",
     read_config=_read_config,
     write_config=_write_config,
     rules=_rules,
-    repeated=lambda config: (
-        {"lm_head.weight": "backbone.embeddings.weight"} if config.tie_embeddings else {}
-    ),
+    repeated=tied_head,
 )

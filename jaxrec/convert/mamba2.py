@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrec.convert import activations, fields
-from jaxrec.convert.engine import Rule, System, depthwise, same, transposed
+from jaxrec.convert.engine import Rule, System, same
 from jaxrec.convert.mamba import FIELDS as OF_MAMBA
+from jaxrec.convert.mamba import shared_rules, tied_head
 from jaxrec.errors import UserError
 from jaxrec.models.mamba2 import Mamba2Config
 
@@ -64,26 +65,11 @@ def _write_config(config: Mamba2Config) -> dict[str, Any]:
 
 def _rules(config: Mamba2Config) -> list[Rule]:
     theirs, ours = "backbone.layers.{i}.mixer.", "blocks/mixer"
-    rules = [
-        same("backbone.embeddings.weight", "embedding/table"),
-        same("backbone.norm_f.weight", "norm/scale"),
-        same("backbone.layers.{i}.norm.weight", "blocks/mixer_norm/scale"),
-        transposed(f"{theirs}in_proj.weight", f"{ours}/input/kernel"),
-        depthwise(f"{theirs}conv1d.weight", f"{ours}/conv_kernel"),
+    return [
+        *shared_rules(config),
         same(f"{theirs}dt_bias", f"{ours}/step_bias"),
-        same(f"{theirs}A_log", f"{ours}/log_rate"),
-        same(f"{theirs}D", f"{ours}/skip"),
         same(f"{theirs}norm.weight", f"{ours}/norm/scale"),
-        transposed(f"{theirs}out_proj.weight", f"{ours}/out/kernel"),
     ]
-    if config.conv_bias:
-        rules.append(same(f"{theirs}conv1d.bias", f"{ours}/conv_bias"))
-    if config.bias:
-        rules.append(same(f"{theirs}in_proj.bias", f"{ours}/input/bias"))
-        rules.append(same(f"{theirs}out_proj.bias", f"{ours}/out/bias"))
-    if not config.tie_embeddings:
-        rules.append(same("lm_head.weight", "head/table"))
-    return rules
 
 
 SYSTEM = System(
@@ -91,7 +77,5 @@ SYSTEM = System(
     read_config=_read_config,
     write_config=_write_config,
     rules=_rules,
-    repeated=lambda config: (
-        {"lm_head.weight": "backbone.embeddings.weight"} if config.tie_embeddings else {}
-    ),
+    repeated=tied_head,
 )
