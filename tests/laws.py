@@ -1363,7 +1363,7 @@ def on_eight_devices(call: Callable[..., Any], replicated: Any, split_over_batch
         return jax.jit(call)(jax.device_put(replicated, NamedSharding(mesh, P())), rows)
 
 
-@subjects
+@smaller_subjects
 def test_eight_devices_give_the_answer_of_one(subject):
     params, x, _, _ = case = subject.case(8, 5)
 
@@ -1376,7 +1376,7 @@ def test_eight_devices_give_the_answer_of_one(subject):
     assert_close((y, state), one, subject.exact(*case)[2])
 
 
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.trained], ids=str)
+@each([s for s in SUBJECTS if s.trained])
 def test_eight_devices_give_the_gradient_of_one(subject):
     params, x, _, _ = subject.case(8, 5)
     floats, join = split(params)

@@ -102,7 +102,7 @@ def model(config):
     return toy.drawn(config)
 
 
-@configs
+@sample_first
 def test_packed_documents_equal_separate_ones(config, model):
     packed = np.concatenate([TOKENS[:1, :5], TOKENS[1:, :6]], axis=1)
     logits, _ = run(model, packed, segment_ids=np.array([[1] * 5 + [2] * 6], np.int32))
@@ -182,7 +182,7 @@ def test_the_trace_does_not_grow_with_layers(config):
     assert trace(1) == trace(3)
 
 
-@configs
+@sample_first
 def test_twenty_steps_lower_the_loss(config):
     values = toy.losses(toy.initialised(config), toy.counting(13))
     assert values[0] < 6  # logits are not large at the start, about log 13 = 2.6
