@@ -1141,7 +1141,7 @@ def gradient_of(
     return jax.grad(lambda floats: loss(*join(floats), case[3])), floats
 
 
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.graded], ids=str)
+@each([s for s in SUBJECTS if s.graded])
 def test_every_gradient_equals_the_loops(subject):
     case = subject.case(2, 5, reset=True)
     with_state = subject.exact(*case)[1] is not None
