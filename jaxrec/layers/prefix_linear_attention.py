@@ -66,10 +66,11 @@ class PrefixLinearAttention(nnx.Module):
         `prefix`, bool (b t), is True.
         """
         keys = self._features(self.prefix_key(x), prefix)
+        if self.masks_before_features:  # phi of zero also says something where there is no prefix
+            ends_later = lax.cummax(prefix.astype(jnp.int32), axis=1, reverse=True)
+            keys = keys * ends_later[..., None, None].astype(jnp.float32)
         values = self.prefix_value(x).astype(jnp.float32)
         values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
-        if self.masks_before_features:
-            values = values.at[..., :-1].multiply(prefix[..., None, None].astype(jnp.float32))
         return state + jnp.einsum("bthf,bthv->bhfv", keys, values)
 
     def __call__(

@@ -205,7 +205,8 @@ GLA_1_3B = LinearAttentionConfig(
     gate="logistic",
     tie_embeddings=False,
 )
-"""The size of GLA 1.3B: keys of half the width, values of all of it."""
+"""About the size of GLA 1.3B: keys of half the width, values of all of it. Vocabulary and MLP are
+ours."""
 
 DELTANET_1_3B = LinearAttentionConfig(
     vocab_size=32000,
@@ -220,7 +221,7 @@ DELTANET_1_3B = LinearAttentionConfig(
     output_gate=False,
     tie_embeddings=False,
 )
-"""The size of DeltaNet 1.3B: heads of 128."""
+"""About the size of DeltaNet 1.3B: heads of 128. Vocabulary and MLP are ours."""
 
 GATED_DELTANET_1_3B = LinearAttentionConfig(
     vocab_size=32000,
@@ -235,6 +236,6 @@ GATED_DELTANET_1_3B = LinearAttentionConfig(
     conv_width=4,
     tie_embeddings=False,
 )
-"""The size of Gated DeltaNet 1.3B: heads of 256 keys, values twice as wide; with 21 layers, which
-is as many as this number of parameters has room for.
+"""About the size of Gated DeltaNet 1.3B: heads of 256 keys, values twice as wide. Vocabulary, MLP
+and the 21 layers, as many as this number of parameters has room for, are ours.
 """

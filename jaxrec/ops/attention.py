@@ -30,7 +30,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens so far. Slots that nobody writes stay zero.
 
     Heads come before time, and in keys time comes last, so that a step's two products read a slot
-    as it lies; with time first a step took up to 2.7 times as long on CPU.
+    as it lies; with time first a step takes longer on CPU.
     """
 
     k: Array  # (l b h k s) by slot l and source time s; after rotation
@@ -218,8 +218,7 @@ def attend(
       window: that of the view; "blocked" leaves out keys that are out of it for a whole block.
       method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of
         blocks; "library" is `jax.nn.dot_product_attention`, which has fused kernels on
-        accelerators; "auto" is blocked on CPU (1.7 to 4 times as fast there, forward and backward)
-        and the library elsewhere.
+        accelerators; "auto" is blocked on CPU, where that is faster, and the library elsewhere.
 
     Returns:
       (b t h k) in q's dtype.

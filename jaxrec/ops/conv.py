@@ -48,7 +48,7 @@ def causal_conv(
         far_back = jnp.full(x.shape[:1], width, jnp.int32)
         since = segments.positions(reset, far_back)
     # The product with the identity changes nothing and keeps XLA from cutting the kernel out of a
-    # stack of layers anew for every element, which took 4 to 6 times as long on CPU.
+    # stack of layers anew for every element, which takes several times as long on CPU.
     identity = jnp.eye(width, dtype=kernel.dtype)
     kernel = jnp.matmul(identity, kernel, precision=lax.Precision.HIGHEST)
     with jax.numpy_dtype_promotion("standard"):  # the sum over taps is never below float32

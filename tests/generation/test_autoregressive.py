@@ -197,3 +197,10 @@ def test_bad_input_is_refused_by_the_call(arguments, message, looped):
 def test_depth_without_a_loop_is_refused():
     with pytest.raises(UserError, match="depth is 2, but RecurrentLM has no loop"):
         generate(build("linear_rnn"), [[1]], max_new_tokens=NEW, key=KEY, depth=2)
+
+
+def test_a_prompt_read_twice_is_the_prompt_after_itself():
+    model, options = build("linear_rnn"), {"max_new_tokens": NEW, "key": KEY}
+    twice = complete(model, [[1, 2, 3], [4]], read_twice=True, **options)
+    assert twice == complete(model, [[1, 2, 3, 1, 2, 3], [4, 4]], **options)
+    assert twice != complete(model, [[1, 2, 3], [4]], **options)
