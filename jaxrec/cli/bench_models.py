@@ -23,6 +23,7 @@ from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
+from jaxrec.training.config import TrainConfig
 from jaxrec.training.losses import cross_entropy
 from jaxrec.training.sharding import build_mesh
 
@@ -262,7 +263,7 @@ def _our_call(
         return functools.partial(program.call, model, tokens), program
 
     def loss(model: Any, tokens: Array, labels: Array) -> Array:
-        return cross_entropy(model(tokens)[0], labels)
+        return cross_entropy(model(tokens, remat=TrainConfig.remat)[0], labels)
 
     program = timing.compile_program(jax.value_and_grad(loss), model, tokens, labels)
     return functools.partial(program.call, model, tokens, labels), program

@@ -123,8 +123,8 @@ class Mamba2(nnx.Module):
             dt = jnp.clip(jax.nn.softplus(step.astype(jnp.float32) + step_bias), *self.step_limit)
             rate = -jnp.exp(self.log_rate[...].astype(jnp.float32))
             y, hidden = matrix_scan_over_time(
-                self._of_heads(c),
-                self._of_heads(b),
+                c.reshape(*c.shape[:2], self.groups, self.state_size),
+                b.reshape(*b.shape[:2], self.groups, self.state_size),
                 u * dt[..., None],
                 dt * rate[None, None],
                 state.hidden,
@@ -133,8 +133,3 @@ class Mamba2(nnx.Module):
             y = y + self.skip[...].astype(jnp.float32)[None, None, :, None] * u
             y = y.reshape(gate.shape) * jax.nn.silu(gate.astype(jnp.float32))
             return self.out(self.norm(y)), Mamba2State(window, hidden)
-
-    def _of_heads(self, x: Array) -> Array:
-        """(b t gn) as (b t h n), each group for the heads that share it, which are in a row."""
-        x = x.reshape(*x.shape[:2], self.groups, self.state_size)
-        return jnp.repeat(x, self.log_rate.shape[0] // self.groups, axis=2)

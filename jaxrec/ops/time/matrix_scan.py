@@ -14,7 +14,9 @@ sum of g_1 .. g_i, A_ij = (q_i e^{b_i - b_j}) . k_j for i >= j, and a weight e^{
 
 where A_kk is A of keys with keys. All chunks find their maps at once, the maps run one after the
 other, and then all chunks read at once. The gradient is written by hand: the same maps, transposed,
-run from the last to the first, and what is inside the chunks is computed again.
+run from the last to the first, and what is inside the chunks is computed again. Heads that share
+their keys have their states side by side, (k, r v) for r heads: Q K^T is found once, and one wide
+product writes or reads all of them.
 
 Yang et al., Gated linear attention transformers with hardware-efficient training (2023),
 arXiv:2312.06635, section 4; Yang et al., Parallelizing linear transformers with the delta rule over
@@ -32,20 +34,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxrec.ops.time.chunk import decayed_products, running_sums, solve, zero_decay
 from jaxrec.ops.time.scan import linear_scan, shifted
 
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
 
-FORWARD_SUBSTITUTION = 8
-"""Blocks of this size are inverted row by row, larger ones from their quarters."""
-
 
 class Inputs(NamedTuple):
-    """What the steps take, (b t h ...), or (b n h c ...) in n chunks of c steps."""
+    """What the steps take, (b t h ...), or (b n h c ...) in n chunks of c steps.
 
-    q: Array  # (b t h k)
-    k: Array  # (b t h k)
+    A key is shared by h / g heads in a row, unless the rule or the decay makes them differ: g is h.
+    """
+
+    q: Array  # (b t g k)
+    k: Array  # (b t g k)
     v: Array  # (b t h v)
     log_decay: Array | None  # (b t h 1) or (b t h k); None: no decay
     beta: Array | None  # (b t h 1); None: the gated rule
@@ -68,8 +71,9 @@ def matrix_scan(
     """Runs S_t = exp(g_t) S_{t-1} + k_t v_t^T, or the delta rule, and reads y_t = S_t^T q_t.
 
     Args:
-      q: queries (b t h k), t >= 1; not scaled here.
-      k: keys (b t h k); not normalised here. The delta rule multiplies the state by
+      q: queries (b t g k), t >= 1; not scaled here. Each is that of h / g heads in a row: g divides
+        h, and is h where every head has its own.
+      k: keys (b t g k); not normalised here. The delta rule multiplies the state by
         I - beta_t k_t k_t^T, which only contracts if beta_t |k_t|^2 <= 2: normalise its keys.
       v: values (b t h v).
       log_decay: g <= 0, (b t h) for every head or (b t h k) for every row of its state; None: 0.
@@ -124,19 +128,22 @@ def prepare(
     adds to the values; decays, beta and the state in the dtype of the state.
     """
     wide = _check(name, q, k, v, log_decay, state, beta, rule, normalise, reset, chunk)
-    batch, _, heads, keys = q.shape
+    batch, _, groups, keys = q.shape
+    heads = v.shape[2]
+    if groups < heads and (rule == "delta" or (log_decay is not None and log_decay.ndim == 4)):
+        q, k = (jnp.repeat(x, heads // groups, axis=2) for x in (q, k))
     if normalise is not None:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if state is None:
         state = jnp.zeros((batch, heads, keys, v.shape[-1]), wide)
     if log_decay is not None:
         g = log_decay.astype(wide)
-        g = jnp.where(g > 0, jnp.nan, jnp.maximum(g, _zero_decay(wide)))
+        g = jnp.where(g > 0, jnp.nan, jnp.maximum(g, zero_decay(wide)))
         log_decay = g[..., None] if g.ndim == 3 else g
     if reset is not None:
         if log_decay is None:
             log_decay = jnp.zeros_like(v[..., :1], wide)
-        log_decay = jnp.where(reset[:, :, None, None], _zero_decay(wide), log_decay)
+        log_decay = jnp.where(reset[:, :, None, None], zero_decay(wide), log_decay)
     if rule == "delta":
         beta = jnp.ones_like(v[..., :1], wide) if beta is None else beta.astype(wide)[..., None]
     return Inputs(q, k, v, log_decay, beta), state.astype(wide)
@@ -147,11 +154,6 @@ def finished(y: Array, normalise: float | None, dtype: Any) -> Array:
     if normalise is not None:
         y = y[..., :-1] / (y[..., -1:] + normalise)
     return y.astype(dtype)
-
-
-def _zero_decay(dtype: Any) -> float:
-    """A log decay whose exponential is zero, and so small that sums of it keep many digits."""
-    return -128.0 if dtype == jnp.float32 else -1024.0
 
 
 def _check(
@@ -182,25 +184,27 @@ def _check(
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: {letter} must be real floats, got {x.dtype}.")
     if q.ndim != 4:
-        raise ValueError(f"{name}: q must be (b t h k), got shape {q.shape}.")
-    batch, time, heads, keys = q.shape
+        raise ValueError(f"{name}: q must be (b t g k), got shape {q.shape}.")
+    batch, time, groups, keys = q.shape
     if time == 0:
         raise ValueError(f"{name}: needs at least one step, got t = 0 in q of shape {q.shape}.")
     if k.shape != q.shape:
-        raise ValueError(f"{name}: k must be (b t h k) = {q.shape} as q, got {k.shape}.")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"{name}: k must be (b t g k) = {q.shape} as q, got {k.shape}.")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % groups:
         raise ValueError(
-            f"{name}: v must be (b t h v) with (b t h) = {q.shape[:3]} as in q, got {v.shape}."
+            f"{name}: v must be (b t h v) with (b t) = {q.shape[:2]} as in q and h a multiple of"
+            f" its {groups} heads, got {v.shape}."
         )
-    if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
+    steps = v.shape[:3]
+    if log_decay is not None and log_decay.shape not in (steps, (*steps, keys)):
         raise ValueError(
-            f"{name}: log_decay must be (b t h) = {q.shape[:3]} or (b t h k) = {q.shape},"
+            f"{name}: log_decay must be (b t h) = {steps} or (b t h k) = {(*steps, keys)},"
             f" got {log_decay.shape}."
         )
-    if beta is not None and beta.shape != q.shape[:3]:
-        raise ValueError(f"{name}: beta must be (b t h) = {q.shape[:3]}, got {beta.shape}.")
+    if beta is not None and beta.shape != steps:
+        raise ValueError(f"{name}: beta must be (b t h) = {steps}, got {beta.shape}.")
     extra = "" if normalise is None else "+1"
-    wanted = (batch, heads, keys, v.shape[-1] + (normalise is not None))
+    wanted = (batch, steps[2], keys, v.shape[-1] + (normalise is not None))
     if state is not None and state.shape != wanted:
         raise ValueError(f"{name}: state must be (b h k v{extra}) = {wanted}, got {state.shape}.")
     if reset is not None and (reset.shape != (batch, time) or reset.dtype != jnp.bool_):
@@ -236,7 +240,9 @@ def _sequential(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]
     def stretch(state: Array, steps: Inputs) -> tuple[Array, Array]:
         return lax.scan(step, state, steps)
 
-    time = inputs.q.shape[1]
+    time, heads = inputs.v.shape[1:3]
+    q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in inputs[:2])
+    inputs = inputs._replace(q=q, k=k)
     chunk = _whole_chunk(time, chunk)
     # (n c b h ...): a step reads one stretch of memory
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, (1, 3), (0, 1)), _to_chunks(inputs, chunk))
@@ -278,16 +284,27 @@ def _from_chunks(y: Array, time: int) -> Array:
 
 
 class _Maps(NamedTuple):
-    """What every chunk does with the state S that enters it.
+    """What every chunk does with the states S that enter it, those of a key's r heads side by side.
 
-    y = alone + reads S,   S <- decay * S - taken_out S + entering
+    y = alone + weight * reads S,   S <- decay * S - taken_out S + entering
     """
 
     alone: Array  # (b n h c v)
-    reads: Array  # (b n h c k)
-    decay: Array  # (b n h 1 1) or (b n h k 1)
+    reads: Array  # (b n g c k)
+    weight: Array | None  # (b n h c 1); None: 1
+    decay: Array  # (b n g 1 1) or (b n g kr 1)
     taken_out: Array | None  # (b n h k k); None under the gated rule
-    entering: Array  # (b n h k v)
+    entering: Array  # (b n g kr v)
+
+    def read(self, states: Array) -> Array:
+        """y (b n h c v), from the states (b n g kr v)."""
+        batch, chunks, groups, steps, keys = self.reads.shape
+        heads, width = self.alone.shape[2], self.alone.shape[4]
+        shared = heads // groups
+        y = jnp.matmul(self.reads, states.reshape(batch, chunks, groups, keys, shared * width))
+        y = y.reshape(batch, chunks, groups, steps, shared, width)
+        y = jnp.swapaxes(y, 3, 4).reshape(self.alone.shape)
+        return self.alone + (y if self.weight is None else self.weight * y)
 
 
 States = Callable[..., tuple[Array, Array]]
@@ -297,13 +314,13 @@ States = Callable[..., tuple[Array, Array]]
 def chunk_states(
     decay: Array, taken_out: Array | None, entering: Array, state: Array, *, reverse: bool
 ) -> tuple[Array, Array]:
-    """The states that enter each chunk, (b n h k v), and the last, all in the direction of the run.
+    """The states that enter each chunk, (b n g kr v), and the last, in the direction of the run.
 
     Args:
       decay: see `_Maps`, as are the next two.
       taken_out: see `_Maps`.
       entering: see `_Maps`.
-      state: what enters the first chunk, (b h k v).
+      state: what enters the first chunk, (b g kr v).
       reverse: the first chunk is the last in time.
     """
     if taken_out is None:
@@ -341,7 +358,7 @@ _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
 def forward(inputs: Inputs, state: Array, chunk: int, run: States) -> tuple[Array, Array, Array]:
-    """y (b t h v), the last state, and the states that enter each chunk (b n h k v).
+    """y (b t h v), the last state, and the states that enter each chunk (b n g kr v).
 
     Args:
       inputs: of all steps.
@@ -351,9 +368,10 @@ def forward(inputs: Inputs, state: Array, chunk: int, run: States) -> tuple[Arra
     """
     with _precision(inputs):
         maps = _maps(inputs, chunk, state.dtype)
+        state = _side_by_side(state, inputs.k.shape[2])
         states, last = run(maps.decay, maps.taken_out, maps.entering, state, reverse=False)
-        y = maps.alone + jnp.matmul(maps.reads, states)
-    return _from_chunks(y, inputs.q.shape[1]), last, states
+        y = maps.read(states)
+    return _from_chunks(y, inputs.q.shape[1]), _apart(last, inputs.v.shape[2]), states
 
 
 def backward(
@@ -361,25 +379,36 @@ def backward(
 ) -> tuple[Inputs, Array]:
     """The gradient to the inputs and to the state before the first step; see `forward`."""
     with _precision(inputs):
-        maps, pull_back = jax.vjp(lambda inputs: _maps(inputs, chunk, states.dtype), inputs)
-        dy = _cut(dy, maps.alone.shape[3])
-        read = jnp.matmul(jnp.swapaxes(maps.reads, -1, -2), dy)
+        maps, from_maps = jax.vjp(lambda inputs: _maps(inputs, chunk, states.dtype), inputs)
+        _, from_read = jax.vjp(_Maps.read, maps, states)
+        dmaps, read = from_read(_cut(dy, maps.alone.shape[3]))
         taken_out = None if maps.taken_out is None else jnp.swapaxes(maps.taken_out, -1, -2)
+        dlast = _side_by_side(dlast, inputs.k.shape[2])
         dstates, dstate = run(maps.decay, taken_out, read, dlast, reverse=True)
-        across = jnp.swapaxes(states, -1, -2)
-        kept = jnp.sum(dstates * states, axis=-1, keepdims=True)
+        ddecay = jnp.sum(dstates * states, axis=-1, keepdims=True)
         if maps.decay.shape[-2] == 1:
-            kept = jnp.sum(kept, axis=-2, keepdims=True)
-        (dinputs,) = pull_back(
-            _Maps(
-                alone=dy,
-                reads=jnp.matmul(dy, across),
-                decay=kept,
-                taken_out=None if taken_out is None else -jnp.matmul(dstates, across),
-                entering=dstates,
-            )
-        )
-    return dinputs, dstate
+            ddecay = jnp.sum(ddecay, axis=-2, keepdims=True)
+        dmaps = dmaps._replace(decay=ddecay, entering=dstates)
+        if taken_out is not None:
+            dmaps = dmaps._replace(taken_out=-jnp.matmul(dstates, jnp.swapaxes(states, -1, -2)))
+        (dinputs,) = from_maps(dmaps)
+    return dinputs, _apart(dstate, inputs.v.shape[2])
+
+
+def _side_by_side(state: Array, groups: int) -> Array:
+    """(b h k v) to (b g kr v): what the r heads of a group keep under one key, in a row."""
+    batch, heads, keys, width = state.shape
+    shared = heads // groups
+    state = state.reshape(batch, groups, shared, keys, width)
+    return jnp.swapaxes(state, 2, 3).reshape(batch, groups, keys * shared, width)
+
+
+def _apart(state: Array, heads: int) -> Array:
+    """(b g kr v) to (b h k v)."""
+    batch, groups, rows, width = state.shape
+    shared = heads // groups
+    state = state.reshape(batch, groups, rows // shared, shared, width)
+    return jnp.swapaxes(state, 2, 3).reshape(batch, heads, rows // shared, width)
 
 
 def _precision(inputs: Inputs) -> Any:
@@ -395,155 +424,44 @@ def _maps(inputs: Inputs, chunk: int, dtype: Any) -> _Maps:
     """The map of every chunk, in the dtype of the state."""
     chunks = _to_chunks(inputs, _whole_chunk(inputs.q.shape[1], chunk))
     q, k, v, log_decay, beta = _widened(chunks, dtype)
-    sums = None if log_decay is None else _running_sums(log_decay)
-    keys_at_end, reads, decay = k, q, jnp.ones_like(k[..., :1, :1])
+    sums = None if log_decay is None else running_sums(log_decay)
+    within = decayed_products(q, k, sums, v.shape[2])
+    decay, weight, taken_out = jnp.ones_like(k[..., :1, :1]), None, None
+    keys_at_begin = keys_at_end = k
+    written, values_at_end = v, v
     if sums is not None:
         since_begin, until_end = jnp.exp(sums.total()), jnp.exp(sums.row(-1).minus(sums))
-        keys_at_end, reads = k * until_end, q * since_begin
-        decay = jnp.swapaxes(since_begin[..., -1:, :], -1, -2)
-    within = _decayed_products(q, k, sums)
-    taken_out = None
+        decay = _of_rows(since_begin[..., -1, :], k)
+        if beta is None and until_end.shape[-1] == 1:
+            weight, values_at_end = since_begin, v * until_end
+        else:
+            q, keys_at_begin, keys_at_end = q * since_begin, k * since_begin, k * until_end
     if beta is not None:
         # Row i of the system: what step i writes, once all before it have.
-        system = jnp.tril(beta * _decayed_products(k, k, sums), -1)
-        keys_at_begin = k if sums is None else k * since_begin
-        written = _solve(system, beta * jnp.concatenate([v, keys_at_begin], axis=-1))
-        v, missing = written[..., : v.shape[-1]], written[..., v.shape[-1] :]
-        reads = reads - jnp.matmul(within, missing)
+        system = jnp.tril(beta * decayed_products(k, k, sums, v.shape[2]), -1)
+        solution = solve(system, beta * jnp.concatenate([v, keys_at_begin], axis=-1))
+        written, missing = solution[..., : v.shape[-1]], solution[..., v.shape[-1] :]
+        q = q - jnp.matmul(within, missing)
         taken_out = jnp.matmul(jnp.swapaxes(keys_at_end, -1, -2), missing)
-    entering = jnp.matmul(jnp.swapaxes(keys_at_end, -1, -2), v)
-    return _Maps(jnp.matmul(within, v), reads, decay, taken_out, entering)
+        values_at_end = written
+    entering = _written(keys_at_end, values_at_end)
+    return _Maps(jnp.matmul(within, written), q, weight, decay, taken_out, entering)
 
 
-class _Sums(NamedTuple):
-    """Running sums of log decays, in two parts whose differences lose no digits.
-
-    A chunk may hold a decay of 1e-38 and then some of 0.9999: the difference of two plain sums has
-    the absolute error of the largest. The coarse part holds multiples of a power of two, of which
-    all sums are exact; the fine part is small.
-    """
-
-    coarse: Array
-    fine: Array
-
-    def total(self) -> Array:
-        return self.coarse + self.fine
-
-    def minus(self, other: "_Sums") -> Array:
-        return (self.coarse - other.coarse) + (self.fine - other.fine)
-
-    def map(self, function: Callable[[Array], Array]) -> "_Sums":
-        return _Sums(function(self.coarse), function(self.fine))
-
-    def row(self, i: int) -> "_Sums":
-        """Step i alone, as an axis of size 1."""
-        return self.map(lambda x: x[..., i, None, :])
+def _of_rows(decay: Array, k: Array) -> Array:
+    """Decays (b n h 1) or (b n h k) of each row of states (b n g kr v) with keys (b n g c k)."""
+    batch, chunks, groups, _, keys = k.shape
+    heads, each = decay.shape[2:]
+    decay = decay.reshape(batch, chunks, groups, heads // groups, each)
+    decay = jnp.broadcast_to(decay, (*decay.shape[:4], keys))
+    return jnp.swapaxes(decay, 3, 4).reshape(batch, chunks, groups, keys * heads // groups, 1)
 
 
-def _running_sums(log_decay: Array) -> _Sums:
-    """Sums over the steps (... c k) up to and with each."""
-    largest = -log_decay.shape[-2] * _zero_decay(log_decay.dtype)
-    digits = jnp.finfo(log_decay.dtype).nmant
-    unit = 2.0 ** (np.ceil(np.log2(largest)) - digits)
-    coarse = lax.stop_gradient(jnp.round(log_decay / unit) * unit)
-    return _Sums(coarse, log_decay - coarse).map(lambda x: jnp.cumsum(x, axis=-2))
-
-
-def _decayed_products(x: Array, k: Array, sums: _Sums | None) -> Array:
-    """A_ij = sum_k x_ik k_jk exp(b_ik - b_jk) for i >= j, otherwise 0, (... c c), from x and keys
-    (... c k) and sums b (... c 1) or (... c k). No exponential of a positive number is taken.
-    """
-    seen = np.tri(x.shape[-2], dtype=bool)
-    if sums is None or sums.fine.shape[-1] == 1:
-        products = jnp.matmul(x, jnp.swapaxes(k, -1, -2))
-        if sums is None:
-            return jnp.where(seen, products, 0)
-        return products * _exp(seen, sums.minus(sums.map(lambda b: jnp.swapaxes(b, -1, -2))))
-    products = jnp.sum(x * k, axis=-1)[..., None, None]  # (... c 1 1), then stretches twice as long
-    while products.shape[-1] < x.shape[-2]:
-        products = _merged(products, _between_halves(x, k, sums, products.shape[-1]))
-    return products[..., 0, :, :]
-
-
-def _between_halves(x: Array, k: Array, sums: _Sums, size: int) -> Array:
-    """What the later half of every stretch of 2 `size` steps sees of the earlier, (... m s s).
-
-    The decay parts in two: since the later half began, and from then back; both below 1.
-    """
-    (earlier, _), (_, later) = _halves(k, size), _halves(x, size)
-    coarse, fine = _halves(sums.coarse, size), _halves(sums.fine, size)
-    b_earlier, b_later = _Sums(coarse[0], fine[0]), _Sums(coarse[1], fine[1])
-    border = b_later.row(0)
-    later = later * jnp.exp(b_later.minus(border))
-    earlier = earlier * jnp.exp(border.minus(b_earlier))
-    return jnp.matmul(later, jnp.swapaxes(earlier, -1, -2))
-
-
-def _halves(x: Array, size: int) -> tuple[Array, Array]:
-    """The first and second half of every stretch of 2 `size` rows: (... c k) to (... m size k)."""
-    x = x.reshape(*x.shape[:-2], x.shape[-2] // (2 * size), 2, size, x.shape[-1])
-    return x[..., 0, :, :], x[..., 1, :, :]
-
-
-def _merged(blocks: Array, corners: Array) -> Array:
-    """Lower triangular blocks (... 2m s s) two by two, and what lies below the first and left of
-    the second, (... m s s): (... m 2s 2s).
-    """
-    first, second = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
-    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([above, jnp.concatenate([corners, second], axis=-1)], axis=-2)
-
-
-@jax.custom_vjp
-def _solve(system: Array, right: Array) -> Array:
-    """(I + system)^-1 right, for a system (... c c) that is zero on and above the diagonal."""
-    return jnp.matmul(_inverse(system), right)
-
-
-def _solve_forward(system: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
-    inverse = _inverse(system)
-    solution = jnp.matmul(inverse, right)
-    return solution, (inverse, solution)
-
-
-def _solve_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    inverse, solution = residuals
-    dright = jnp.matmul(jnp.swapaxes(inverse, -1, -2), cotangent)
-    return -jnp.matmul(dright, jnp.swapaxes(solution, -1, -2)), dright
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _inverse(system: Array) -> Array:
-    """(I + system)^-1, from the inverses of blocks on the diagonal.
-
-    Not LAPACK's solver: on CPU it takes milliseconds for systems of this size.
-    """
-    steps = system.shape[-1]
-    size = min(steps, FORWARD_SUBSTITUTION)
-    blocks = _diagonal_blocks(system, size)
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), blocks.shape)
-    inverse = identity[..., :1, :]
-    for i in range(1, size):
-        known = jnp.sum(blocks[..., i, :i, None] * inverse, axis=-2)
-        row = identity[..., i, :] - known
-        inverse = jnp.concatenate([inverse, row[..., None, :]], axis=-2)
-    while size < steps:
-        corners = _diagonal_blocks(system, 2 * size)[..., size:, :size]
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        inverse = _merged(inverse, -jnp.matmul(jnp.matmul(second, corners), first))
-        size *= 2
-    return inverse[..., 0, :, :]
-
-
-def _diagonal_blocks(x: Array, size: int) -> Array:
-    """(... c c) to (... m size size)."""
-    count = x.shape[-1] // size
-    x = x.reshape(*x.shape[:-2], count, size, count, size)
-    return jnp.moveaxis(jnp.diagonal(x, axis1=-4, axis2=-2), -1, -3)
-
-
-def _exp(where: np.ndarray, exponent: Array) -> Array:
-    """The exponential, 0 where it is not wanted; also its gradient, however large the exponent."""
-    return jnp.exp(jnp.where(where, exponent, -jnp.inf))
+def _written(k: Array, v: Array) -> Array:
+    """k^T v of all steps, (b n g kr v), from keys (b n g c k) and values (b n h c v)."""
+    batch, chunks, groups, steps, keys = k.shape
+    shared, width = v.shape[2] // groups, v.shape[4]
+    values = jnp.swapaxes(v.reshape(batch, chunks, groups, shared, steps, width), 3, 4)
+    values = values.reshape(batch, chunks, groups, steps, shared * width)
+    entering = jnp.matmul(jnp.swapaxes(k, -1, -2), values)
+    return entering.reshape(batch, chunks, groups, keys * shared, width)

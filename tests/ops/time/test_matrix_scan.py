@@ -78,6 +78,29 @@ def test_chunks_change_nothing(rule, decay, chunk):
 
 
 @rules
+@decays
+@methods
+def test_heads_may_share_their_keys(rule, decay, method):
+    """It is the same as to repeat them, gradients included."""
+    case = inputs(rule, decay, time=11, heads=6)
+    case |= {name: case[name][:, :, :2] for name in ("q", "k")}
+    case["state"] = np.random.default_rng(1).normal(size=(2, 6, 4, 3)).astype(np.float32)
+    reset = np.random.default_rng(2).random((2, 11)) < 0.2
+
+    def loss(case):
+        y, last = matrix_scan(**case, rule=rule, reset=reset, method=method, chunk=4)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(last))
+
+    def loss_of_repeated(case):
+        return loss(case | {name: jnp.repeat(case[name], 3, axis=2) for name in ("q", "k")})
+
+    got, want = jax.jit(
+        lambda case: [jax.value_and_grad(f)(case) for f in (loss, loss_of_repeated)]
+    )(case)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), got, want)
+
+
+@rules
 @methods
 def test_vmap_is_a_further_axis(rule, method):
     cases = [inputs(rule, seed=seed) for seed in (0, 1)]
@@ -250,9 +273,10 @@ GATED = {"beta": None, "rule": "gated"}
         ({"rule": "gated"}, r"beta belongs to the delta rule, got rule='gated'"),
         ({"normalise": 1e-6}, r"normalise belongs to the gated rule, got rule='delta'"),
         ({"q": CASE["q"][:, :0]}, r"at least one step, got t = 0 in q of shape \(2, 0, 5, 4\)"),
-        ({"q": CASE["q"][0]}, r"q must be \(b t h k\), got shape \(3, 5, 4\)"),
-        ({"k": CASE["v"]}, r"k must be \(b t h k\) = \(2, 3, 5, 4\) as q, got \(2, 3, 5, 6\)"),
-        ({"v": CASE["v"][:, :2]}, r"v must be \(b t h v\) with .* \(2, 3, 5\).*got \(2, 2, 5, 6\)"),
+        ({"q": CASE["q"][0]}, r"q must be \(b t g k\), got shape \(3, 5, 4\)"),
+        ({"k": CASE["v"]}, r"k must be \(b t g k\) = \(2, 3, 5, 4\) as q, got \(2, 3, 5, 6\)"),
+        ({"v": CASE["v"][:, :2]}, r"v must be \(b t h v\) with .* \(2, 3\).*got \(2, 2, 5, 6\)"),
+        ({"v": CASE["v"][:, :, :4]}, r"v must be .* a multiple of its 5 heads, got \(2, 3, 4, 6\)"),
         (
             {"log_decay": CASE["v"]},
             r"log_decay must be \(b t h\) = \(2, 3, 5\) or \(b t h k\) = \(2, 3, 5, 4\),"

@@ -171,8 +171,9 @@ def test_matrix_scan_equals_one_device(sizes, rule, decay, with_resets, exchange
     close(got, want)
 
 
-def test_normalised_matrix_scan_equals_one_device():
+def test_normalised_matrix_scan_of_shared_keys_equals_one_device():
     case = {name: np.abs(matrix_inputs("gated", None)[name]) for name in "qkv"}
+    case |= {name: case[name][:, :, :1] for name in "qk"}
     want = jax.jit(lambda case: matrix_scan(**case, normalise=1e-6))(case)
     with jax.set_mesh(mesh({"seq": 8})):
         scan = functools.partial(sharded_matrix_scan, axis="seq", normalise=1e-6)
