@@ -454,8 +454,23 @@ def convolution() -> Subject:
     )
 
 
+def of_state(module: Any, batch: int, time: int) -> Any:
+    """The state that most layers begin from."""
+    return module.init_state(batch)
+
+
+def with_resets(module: Any, x: Any, state: Any, reset: Any) -> Any:
+    """How most layers are called."""
+    return module(x, state, reset=reset)
+
+
 def module(
-    name: str, build: Callable[..., Any], *, start: Any, call: Any, **fields: Any
+    name: str,
+    build: Callable[..., Any],
+    *,
+    start: Any = of_state,
+    call: Any = with_resets,
+    **fields: Any,
 ) -> Subject:
     """A layer or a model; its parameters are drawn anew, so that none is zero or one.
 
@@ -494,6 +509,10 @@ def module(
         module=True,
         **fields,
     )
+
+
+NO_RESET = np.zeros((3, 12), bool)
+"""For the laws about state, so that they share programs; those about lengths give none at all."""
 
 
 def segment_ids(reset: Any) -> Any:
@@ -537,8 +556,6 @@ def rglru() -> Subject:
     return module(
         "RGLRU",
         functools.partial(RGLRU, 8, 2),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, h, reset: layer(x, h, reset=reset),
         loop=references.rglru,
         trained=True,
     )
@@ -552,8 +569,6 @@ def recurrent_block() -> Subject:
     return module(
         "RecurrentBlock",
         functools.partial(RecurrentBlock, 8, 6, 2, init=INIT),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
     )
 
@@ -566,8 +581,6 @@ def mamba_mixer() -> Subject:
     return module(
         "Mamba",
         functools.partial(Mamba, 8, 6, 2, 3, bias=True),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
     )
 
@@ -604,8 +617,6 @@ def linear_attention(name: str, *, bf16: float = 1.0, **options: Any) -> Subject
     return module(
         name,
         functools.partial(LinearAttention, 8, 2, 4, 3, gate_rank=3, init=INIT, **options),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
         bf16=bf16,
     )
@@ -725,8 +736,6 @@ def mamba2_mixer(groups: int) -> Subject:
     return module(
         f"Mamba2 {groups}",
         functools.partial(Mamba2, 8, 4, 3, 2, groups=groups, bias=True),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
         bf16=2.0,
     )
@@ -750,8 +759,6 @@ def gated_conv() -> Subject:
     return module(
         "GatedConv",
         functools.partial(GatedConv, 8, 6, init=INIT),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=references.gated_conv,
     )
 
@@ -763,7 +770,6 @@ def prefix_linear_attention() -> Subject:
         functools.partial(PrefixLinearAttention, 8, 2, 3, epsilon=1e-3, init=INIT),
         # As after some tokens: a denominator of random numbers alone might be zero.
         start=lambda layer, b, t: layer.init_state(b).at[:, :, 0, -1].set(30.0),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=lambda params, x, state, reset: references.taylor_attention(
             params, x, state, reset, 1e-3
         ),
@@ -790,8 +796,6 @@ def mlstm_mixer() -> Subject:
             epsilon=0.1,
             init=INIT,
         ),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
         bf16=2.0,
         log_trace=True,
@@ -826,8 +830,6 @@ def rwkv_block() -> Subject:
     return module(
         "RWKVBlock",
         functools.partial(RWKVBlock, 8, 6, 10),
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         # The sums of no weight at all, which is what the state begins with, say nothing.
         loop=lambda params, x, state, reset: (
             references.rwkv_block(params, x, state.time.before, state.channels, reset),
@@ -874,8 +876,6 @@ def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
     return module(
         name,
         config.build,
-        start=lambda layer, b, t: layer.init_state(b),
-        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
         loop=loop,
         **fields,
     )
@@ -1054,8 +1054,8 @@ def for_each(name: str, values: list[int], of: list[Subject], quick: int) -> pyt
 # 1. It equals the plain float64 loop
 
 
-def check_equals_the_loop(subject: Subject, case: Any) -> None:
-    y, last = subject.jit(*case)
+def check_equals_the_loop(subject: Subject, got: Any, case: Any) -> None:
+    y, last = got
     want_y, want_last, gap = subject.exact(*case)
     assert_close(y, want_y, gap)
     if want_last is not None:
@@ -1064,7 +1064,8 @@ def check_equals_the_loop(subject: Subject, case: Any) -> None:
 
 @subjects
 def test_equals_the_float64_loop(subject):
-    check_equals_the_loop(subject, subject.case(3, 12, reset=True))
+    case = subject.case(3, 12, reset=True)
+    check_equals_the_loop(subject, subject.jit(*case), case)
 
 
 @loops
@@ -1181,10 +1182,11 @@ def test_every_gradient_of_a_loop_equals_the_loops(loop, n):
 
 @for_each("cut", [1, 6, 11], KEEPING_STATE, quick=6)
 def test_a_sequence_may_be_cut_anywhere(subject, cut):
-    params, x, state, _ = case = subject.case(3, 12)
+    params, x, state, _ = subject.case(3, 12)
+    case = params, x, state, NO_RESET
     whole = subject.jit(*case)
-    left, state = subject.jit(params, part(x, 0, cut), state, None)
-    right, state = subject.jit(params, part(x, cut), state, None)
+    left, state = subject.jit(params, part(x, 0, cut), state, NO_RESET[:, :cut])
+    right, state = subject.jit(params, part(x, cut), state, NO_RESET[:, cut:])
     together = np.concatenate([left, right], axis=1), state
     assert_close(together, whole, subject.exact(*case)[2])
 
@@ -1202,13 +1204,13 @@ def test_a_loop_may_be_cut_anywhere(loop, cut):
 
 @smaller_subjects
 def test_a_reset_equals_starting_anew(subject):
-    params, x, state, _ = case = subject.case(3, 12)
-    reset = np.zeros((3, 12), bool)
+    params, x, state, _ = subject.case(3, 12)
+    reset, first = NO_RESET.copy(), NO_RESET[:, 6:].copy()
     reset[1, 6] = True
-    y, _ = subject.jit(params, x, state, reset)
-    first = np.zeros((3, 6), bool)
     first[:, 0] = True
+    y, _ = subject.jit(params, x, state, reset)
     anew, _ = subject.jit(params, part(x, 6), subject.start(params, 3, 12), first)
+    case = params, x, state, NO_RESET
     _, _, gap = subject.exact(*case)
     assert_close(y[1, 6:], anew[1], gap)
     goes_on, _ = subject.jit(*case)
@@ -1217,9 +1219,10 @@ def test_a_reset_equals_starting_anew(subject):
 
 @keeping_state
 def test_one_element_may_be_reset_between_two_calls(subject):
-    params, x, state, _ = case = subject.case(3, 12)
-    _, middle = subject.jit(params, part(x, 0, 6), state, None)
-    first = np.zeros((3, 6), bool)
+    params, x, state, _ = subject.case(3, 12)
+    case = params, x, state, NO_RESET
+    _, middle = subject.jit(params, part(x, 0, 6), state, NO_RESET[:, :6])
+    first = NO_RESET[:, 6:].copy()
     first[1, 0] = True
     y, _ = subject.jit(params, part(x, 6), middle, first)
     first[:, 0] = True
@@ -1245,8 +1248,9 @@ def test_batch_elements_do_not_talk(subject):
 @keeping_state
 def test_batch_elements_do_not_talk_through_the_state(subject):
     params, x, state, _ = subject.case(3, 12)
+    half = NO_RESET[:, :6]
     after = [
-        subject.jit(params, part(x, 6), subject.jit(params, left, state, None)[1], None)[0]
+        subject.jit(params, part(x, 6), subject.jit(params, left, state, half)[1], half)[0]
         for left in (part(x, 0, 6), part(disturbed(x, np.s_[0]), 0, 6))
     ]
     np.testing.assert_array_equal(after[1][1:], after[0][1:])
@@ -1277,7 +1281,8 @@ def test_the_past_does_not_see_the_future(subject, now):
 
 @for_each("time", [1, 2, 63, 100], SUBJECTS, quick=63)
 def test_any_length(subject, time):
-    check_equals_the_loop(subject, subject.case(3, time))
+    case = subject.case(3, time)
+    check_equals_the_loop(subject, subject.jit(*case), case)
 
 
 @loops
@@ -1365,15 +1370,15 @@ def on_eight_devices(call: Callable[..., Any], replicated: Any, split_over_batch
 
 @smaller_subjects
 def test_eight_devices_give_the_answer_of_one(subject):
-    params, x, _, _ = case = subject.case(8, 5)
+    params, x, _, _ = subject.case(8, 5)
 
     def call(params: Any, x: Any) -> Any:
         return subject.run(params, x, subject.start(params, 8, 5), None)
 
-    y, state = on_eight_devices(call, params, x)
+    y, last = on_eight_devices(call, params, x)
     assert y.sharding.shard_shape(y.shape)[0] == 1
-    one = subject.jit(params, x, jax.device_get(subject.start(params, 8, 5)), None)
-    assert_close((y, state), one, subject.exact(*case)[2])
+    start = jax.tree.map(np.asarray, subject.start(params, 8, 5))
+    check_equals_the_loop(subject, (y, last), (params, x, start, None))
 
 
 @each([s for s in SUBJECTS if s.trained])

@@ -1,4 +1,4 @@
-"""`jaxrec bench scan|train|models`: timings beside those of peers, in one process and in turns.
+"""`jaxrec bench scan|matrix|train|models`: timings beside those of peers, in turns in one process.
 
 Nothing is timed that computes the wrong numbers: every candidate first meets its definition at a
 small size, and a candidate that fails ends the command with status 1.
@@ -14,6 +14,7 @@ from jaxrec.errors import UserError, nearest
 
 Part = Literal["step", "remat", "depth", "decode"]
 ModelPart = Literal["forward", "both", "decode"]
+Rule = Literal["gated", "delta"]
 RecurrentSystem = Literal["mamba", "mamba2", "recurrentgemma", "rwkv", "xlstm"]
 
 
@@ -26,6 +27,26 @@ class ScanArguments:
     methods: tuple[str, ...] = ("auto", "associative", "chunked")
     """Methods of linear_scan."""
     rounds: int = 9
+    """Runs of each candidate; medians are reported."""
+    smoke: bool = False
+    """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
+    json: bool = False
+    """Print JSON lines instead of tables."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixArguments:
+    """Time matrix_scan in chunks of several sizes and step by step, over lengths."""
+
+    times: tuple[int, ...] = (512, 2048, 8192, 32768)
+    """Lengths."""
+    chunks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Steps that are worked on together."""
+    rules: tuple[Rule, ...] = ("gated", "delta")
+    """What a step does to the state."""
+    rounds: int = 5
     """Runs of each candidate; medians are reported."""
     smoke: bool = False
     """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
@@ -87,9 +108,10 @@ class ModelsArguments:
     """Also write the results to this JSON file."""
 
 
-Arguments = ScanArguments | TrainArguments | ModelsArguments
+Arguments = ScanArguments | MatrixArguments | TrainArguments | ModelsArguments
 KINDS: dict[str, Any] = {
     "scan": ScanArguments,
+    "matrix": MatrixArguments,
     "train": TrainArguments,
     "models": ModelsArguments,
 }
@@ -105,7 +127,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
     kind, *rest = argv or ["--help"]
     if kind in ("-h", "--help"):
-        print("usage: jaxrec bench scan|train|models [OPTIONS]\n")
+        print("usage: jaxrec bench scan|matrix|train|models [OPTIONS]\n")
         for name, arguments in KINDS.items():
             print(f"  {name:<6} {arguments.__doc__}")
         print("\n`jaxrec bench scan --help` lists the options.")
@@ -123,12 +145,14 @@ def run(arguments: Arguments) -> int:
     Raises:
       UserError: an argument does not fit.
     """
-    from jaxrec.cli import bench_models, bench_scan, bench_train
+    from jaxrec.cli import bench_matrix, bench_models, bench_scan, bench_train
     from jaxrec.cli.timing import WrongNumbers
 
     try:
         if isinstance(arguments, ScanArguments):
             bench_scan.run(arguments)
+        elif isinstance(arguments, MatrixArguments):
+            bench_matrix.run(arguments)
         elif isinstance(arguments, TrainArguments):
             bench_train.run(arguments)
         else:

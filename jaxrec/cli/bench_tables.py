@@ -100,6 +100,28 @@ def _scan_lengths(report: Report) -> Table:
     )
 
 
+def _matrix(report: Report) -> list[Table]:
+    """One table per rule and pass: a row per candidate, a column per length."""
+    sizes, found = report["sizes"], []
+    lengths = list(dict.fromkeys(x["time"] for x in report["results"]))
+    for rule in dict.fromkeys(x["rule"] for x in report["results"]):
+        records = [x for x in report["results"] if x["rule"] == rule]
+        for part, what in (("forward", "forward"), ("both", "forward + backward")):
+            rows = []
+            for name in dict.fromkeys(x["candidate"] for x in records):
+                row = [name]
+                for x in (x[part] for x in records if x["candidate"] == name):
+                    row += [_pair(x, "ms", 1), _mib(x["temp_mib"])]
+                rows.append(row)
+            title = (
+                f"Matrix scan, {rule} rule, {what}; b = {sizes['batch']}, h = {sizes['heads']},"
+                f" k = {sizes['keys']}, v = {sizes['values']}, a decay for each head"
+            )
+            columns = " | ".join(f"t = {time:,} ms | temp MiB" for time in lengths)
+            found.append(Table(title, f"steps | {columns}", rows))
+    return found
+
+
 def _train(report: Report) -> list[Table]:
     """One table per part that was timed."""
     found = []
@@ -240,6 +262,7 @@ def _selective_memory(report: Report) -> list[Table]:
 
 
 TABLES: dict[str, Callable[[Report], list[Table]]] = {
+    "matrix": _matrix,
     "models": _models,
     "scan": _scan,
     "selective_memory": _selective_memory,

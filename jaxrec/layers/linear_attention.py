@@ -264,7 +264,9 @@ class LinearAttention(nnx.Module):
             return None
         heads = self.query.kernel.shape[1]
         decay = np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
-        return jnp.broadcast_to(jnp.asarray(decay)[None, None], (*x.shape[:2], heads))
+        # Hidden from the compiler, which would spend seconds on sums of a constant of this size.
+        decay = lax.optimization_barrier(jnp.asarray(decay))
+        return jnp.broadcast_to(decay[None, None], (*x.shape[:2], heads))
 
 
 def _positions(start: Array, time: int, reset: Array | None) -> Array:

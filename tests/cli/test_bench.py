@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxrec.cli import bench, bench_models, bench_scan, bench_train, main, timing, torch_peer
+from jaxrec.cli import (
+    bench,
+    bench_matrix,
+    bench_models,
+    bench_scan,
+    bench_train,
+    main,
+    timing,
+    torch_peer,
+)
 from jaxrec.ops.time import linear_scan
 
 
@@ -116,6 +125,38 @@ def test_the_peers_agree_with_the_definition():
         bench_scan.check(name, scan)
 
 
+def test_matrix_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "matrix.json"
+    assert main.main(["bench", "matrix", "--smoke", "--json", "--out", str(out)]) == 0
+    _, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records
+    assert [(x["rule"], x["candidate"]) for x in records] == [
+        (rule, candidate)
+        for rule in ("gated", "delta")
+        for candidate in ("sequential", "chunks of 8")
+    ]
+    assert all(0 <= x < math.inf for record in records for x in numbers(record))
+    # The same report as a person reads it.
+    timing.publish(report, as_json=False, out=None)
+    assert "Matrix scan, delta rule" in capsys.readouterr().out
+
+
+def test_a_wrong_matrix_scan_is_not_timed(monkeypatch, capsys):
+    right = bench_matrix.candidates
+
+    def wrong(rule, chunks):
+        def scan(inputs):
+            return right(rule, ())["sequential"](inputs | {"v": lax.stop_gradient(inputs["v"])})
+
+        return {"chunks of 8": scan, **right(rule, ())} if chunks else right(rule, ())
+
+    monkeypatch.setattr(bench_matrix, "candidates", wrong)
+    monkeypatch.setattr(bench_matrix, "measure", None)  # calling it would fail
+    assert bench.run(bench.MatrixArguments(smoke=True, rules=("gated",))) == 1
+    assert "gated, chunks of 8 is wrong: the gradient of v differs" in capsys.readouterr().err
+
+
 def test_a_torch_program_that_differs_is_not_timed(monkeypatch, capsys):
     errors = {"the logits": 1e-7, "the gradient of transformer.adapter.weight": float("nan")}
     monkeypatch.setattr(bench_train, "load_peer", lambda: "a peer")
@@ -184,6 +225,8 @@ def test_candidates_run_in_turns():
         (["scan", "--methods", "magic"], "linear_scan has no method 'magic'"),
         (["scan", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["scan", "--round", "3"], "--round"),
+        (["matrix", "--chunks", "0"], "--chunks: expected numbers >= 1, got (0,)"),
+        (["matrix", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["train", "--depths", "0"], "--depths: expected numbers >= 1"),
         (["train", "--out", "."], "is a folder"),
         (["models", "--rounds", "0"], "--rounds must be at least 1, got 0"),

@@ -1,0 +1,144 @@
+"""`jaxrec bench matrix`: the matrix recurrence by chunks of every size, and step by step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrec.cli import bench, timing
+from jaxrec.cli.timing import WrongNumbers
+from jaxrec.errors import UserError
+from jaxrec.ops.time import matrix_scan
+
+HEADS, WIDTH = 4, 64  # of keys and of values
+SMOKE_TIMES, SMOKE_CHUNKS, SMOKE_WIDTH = (20,), (8,), 4
+CHECKED_TIME = 37
+TOLERANCE = 1e-5
+"""Largest gap between float32 and float64, relative to the largest value. Measured: up to 2e-6."""
+
+Inputs = dict[str, Array]
+Scan = Callable[[Inputs], Array]
+
+
+def run(arguments: "bench.MatrixArguments") -> None:
+    """Checks, compiles and times all candidates, and prints what came out.
+
+    Raises:
+      UserError: a length or a chunk is below 1.
+      WrongNumbers: a candidate fails its check.
+    """
+    for name in ("times", "chunks"):
+        values = getattr(arguments, name)
+        if not values or min(values) < 1:
+            raise UserError(f"--{name}: expected numbers >= 1, got {values}.")
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    timing.check_out(arguments.out)
+    times, chunks, width, rounds = arguments.times, arguments.chunks, WIDTH, arguments.rounds
+    if arguments.smoke:
+        times, chunks, width, rounds = SMOKE_TIMES, SMOKE_CHUNKS, SMOKE_WIDTH, 1
+    for rule in arguments.rules:
+        for name, scan in candidates(rule, chunks).items():
+            check(rule, name, scan)
+    timing.say("checked against float64, step by step")
+    report: dict[str, Any] = {
+        "benchmark": "matrix",
+        "machine": timing.machine(),
+        "rounds": rounds,
+        "smoke": arguments.smoke,
+        "sizes": {"batch": 1, "heads": HEADS, "keys": width, "values": width},
+        "results": [],
+    }
+    with timing.without_compilation_cache():
+        for rule in arguments.rules:
+            for time in times:
+                report["results"] += measure(rule, candidates(rule, chunks), time, width, rounds)
+                timing.say(f"{rule}, t = {time}: timed")
+    timing.publish(report, as_json=arguments.json, out=arguments.out)
+
+
+def candidates(rule: str, chunks: tuple[int, ...]) -> dict[str, Scan]:
+    """`matrix_scan` in chunks of each size, and the loop that defines it."""
+
+    def scan(inputs: Inputs, **options: Any) -> Array:
+        return matrix_scan(**inputs, rule=rule, **options)[0]  # type: ignore[arg-type]
+
+    found: dict[str, Scan] = {"sequential": functools.partial(scan, method="sequential")}
+    for chunk in chunks:
+        found[f"chunks of {chunk}"] = functools.partial(scan, method="chunkwise", chunk=chunk)
+    return found
+
+
+def draw(rule: str, time: int, width: int, dtype: Any = jnp.float32) -> Inputs:
+    """Inputs (1 t h ...), one decay a head; keys of length 1."""
+    rng = np.random.default_rng(0)
+    shape = (1, time, HEADS)
+    q, k, v = rng.normal(size=(3, *shape, width))
+    inputs = {"q": q, "k": k / np.linalg.norm(k, axis=-1, keepdims=True), "v": v}
+    inputs["log_decay"] = -0.1 * np.abs(rng.normal(size=shape))
+    if rule == "delta":
+        inputs["beta"] = rng.uniform(size=shape)
+    return {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+
+
+def with_gradient(scan: Scan) -> Callable[[Inputs], tuple[Array, Inputs]]:
+    """y, and the gradient of half its square, which needs every part of y."""
+
+    def both(inputs: Inputs) -> tuple[Array, Inputs]:
+        y, backward = jax.vjp(scan, inputs)
+        return y, backward(y)[0]
+
+    return both
+
+
+def check(rule: str, name: str, scan: Scan) -> None:
+    """Compares a candidate, outputs and all gradients, with the loop in float64.
+
+    Raises:
+      WrongNumbers: it differs by more than `TOLERANCE`; the message names it and what differs.
+    """
+    got = jax.jit(with_gradient(scan))(draw(rule, CHECKED_TIME, SMOKE_WIDTH))
+    with jax.enable_x64(True):
+        loop = with_gradient(candidates(rule, ())["sequential"])
+        want = jax.jit(loop)(draw(rule, CHECKED_TIME, SMOKE_WIDTH, jnp.float64))
+    for (path, wanted), value in zip(
+        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
+    ):
+        wanted = np.asarray(wanted)
+        error = np.max(np.abs(np.asarray(value) - wanted)) / np.max(np.abs(wanted))
+        if not error <= TOLERANCE:  # also refuses NaN
+            what = "y" if len(path) == 1 else f"the gradient of {path[-1].key}"
+            raise WrongNumbers(
+                f"{rule}, {name} is wrong: {what} differs from the float64 loop by {error:.1e} of"
+                f" its largest value, allowed are {TOLERANCE:.0e}."
+            )
+
+
+def measure(
+    rule: str, scans: dict[str, Scan], time: int, width: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Times all candidates at one length; one record each."""
+    inputs = draw(rule, time, width)
+    programs, calls = {}, {}
+    for name, scan in scans.items():
+        for part, function in (("forward", scan), ("both", with_gradient(scan))):
+            program = programs[name, part] = timing.compile_program(function, inputs)
+            calls[f"{name}, {part}"] = functools.partial(program.call, inputs)
+    times = timing.race(calls, rounds)
+    records = []
+    for name in scans:
+        record: dict[str, Any] = {"rule": rule, "time": time, "candidate": name}
+        for part in ("forward", "both"):
+            took, program = times[f"{name}, {part}"], programs[name, part]
+            record[part] = {
+                "median_ms": 1e3 * took.median,
+                "least_ms": 1e3 * took.least,
+                "compile_s": program.compile_seconds,
+                "temp_mib": program.temp_mib,
+            }
+        records.append(record)
+    return records
