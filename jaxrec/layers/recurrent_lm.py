@@ -114,10 +114,14 @@ class RecurrentLM(nnx.Module):
 
         Returns:
           Logits (b t vocab), float32, and the next state.
+
+        Raises:
+          ValueError: the state is one of another batch.
         """
         needs_resets = self.first_resets or state is not None or segment_ids is not None
         if state is None:
             state = self.init_state(tokens.shape[0])
+        segments.check_batch(state.segment, tokens.shape[0])
         if segment_ids is None:
             segment_ids = segments.continued(state.segment, tokens.shape[1])
         reset = segments.resets(segment_ids, state.segment) if needs_resets else None

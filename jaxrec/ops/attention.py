@@ -94,6 +94,9 @@ def open_view(
     Returns:
       The view, and the cache with its timeline advanced (keys and values are written by the
       layers).
+
+    Raises:
+      ValueError: the cache is one of another batch.
     """
     batch, time = shape
     if cache is None:
@@ -110,6 +113,7 @@ def open_view(
         mask = _causal(segment_ids, segment_ids, index, index, window)
         return View(positions, mask, start), None
 
+    segments.check_batch(cache.segment, batch)
     start, capacity = cache.length, cache.capacity
     before = jnp.maximum(start - 1, 0)
     last = lax.dynamic_index_in_dim(

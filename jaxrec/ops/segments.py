@@ -12,6 +12,23 @@ def before_the_first(batch: int) -> Array:
     return jnp.full(batch, NOTHING, jnp.int32)
 
 
+def check_batch(previous: Array, batch: int) -> None:
+    """Refuses a state of another batch.
+
+    Args:
+      previous: what the state holds for each sequence, (b ...).
+      batch: how many sequences come.
+
+    Raises:
+      ValueError: it is not as many.
+    """
+    if previous.shape[0] != batch:
+        raise ValueError(
+            f"The state holds {previous.shape[0]} sequences, but {batch} came. Take it from"
+            f" init_state({batch}) or from the call before, with the same batch size."
+        )
+
+
 def continued(previous: Array, time: int) -> Array:
     """Segment ids int32 (b t) of tokens that go on with the segment `previous` (b), or begin
     segment 1 after nothing.

@@ -143,6 +143,13 @@ def test_the_state_keeps_its_size_and_is_float32(config, model):
     assert all(leaf.dtype in (jnp.float32, *integers) for leaf in jax.tree.leaves(state))
 
 
+@configs
+def test_a_state_of_another_batch_is_refused(config, model):
+    state = model.init_state(3, capacity=4)
+    with pytest.raises(ValueError, match=r"holds 3 sequences, but 2 came\. .*init_state\(2\)"):
+        jax.eval_shape(model, np.zeros((2, 4), np.int32), state)
+
+
 @sample_first
 def test_bfloat16_weights_keep_a_float32_state_and_stay_close(config, model):
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)

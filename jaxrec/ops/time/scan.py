@@ -32,7 +32,8 @@ def linear_scan(
 
     Args:
       a: decay, dimensionless, (b t ...), float or complex, or any shape that broadcasts to b's; |a|
-        <= 1 keeps the state bounded.
+        <= 1 keeps the state bounded. More is not refused, and ends in inf: `discretize.is_stable`
+        tells of a transition whether it is stable.
       b: input, in the unit of the state, (b t ...) with any trailing axes, t >= 1.
       h0: state before the first step, (b ...); zero if None. With `reverse` it is the state after
         the last step.

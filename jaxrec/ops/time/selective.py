@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxrec.ops.time.scan import linear_scan
@@ -71,7 +72,8 @@ def selective_scan(
       to be the next call's `state`. The recurrence itself runs in the dtype of the state.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, t is 0, chunk is below 1, or the method is unknown.
+      ValueError: shapes or dtypes do not fit, t is 0, chunk is below 1, the method is unknown, or a
+        step size is negative. Under `jit`, where its value is not known, that grows the state.
     """
     if method not in get_args(Method):
         raise ValueError(
@@ -127,6 +129,8 @@ def _check(
             f"selective_scan: reset must be bool (b t) = {(batch, time)},"
             f" got {reset.dtype} {reset.shape}."
         )
+    if not isinstance(dt, jax.core.Tracer) and np.any(np.asarray(dt) < 0):
+        raise ValueError(f"selective_scan: dt must be >= 0, got {np.min(np.asarray(dt))}.")
     is_double = any(z is not None and z.dtype == jnp.float64 for z in (x, dt, a, b, c, state))
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 

@@ -167,6 +167,7 @@ CASE = dict(zip(("x", "dt", "a", "b", "c"), inputs(2, 3, 4, 5), strict=True))
             {"state": np.zeros((3, 4, 5), np.float32)},
             r"state must be \(b e n\) = \(2, 4, 5\), got \(3, 4, 5\)",
         ),
+        ({"dt": CASE["dt"] - 10}, r"dt must be >= 0, got -\d"),
         ({"x": CASE["x"].astype(np.int32)}, r"x must be real floats, got int32"),
         ({"b": CASE["b"].astype(np.complex64)}, r"b must be real floats, got complex64"),
         (
