@@ -24,22 +24,26 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import MESH_AXES
+from jaxrec.layers.cells import CellConfig
 from jaxrec.layers.gated_conv import GatedConv
 from jaxrec.layers.linear_attention import LinearAttention
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.mamba2 import Mamba2
 from jaxrec.layers.mlstm import MLSTM
+from jaxrec.layers.pararnn import ParaRNNConfig
 from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.rwkv import RWKVBlock
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
+from jaxrec.layers.scan import WHAT_PAYS, Solver
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
@@ -932,6 +936,43 @@ def dense_system() -> Subject:
     )
 
 
+SOLVER = Solver(method="newton", window=8)
+
+
+def recurrent_cell(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
+    """ParaRNN cells by Newton's method, the classical ones as `auto` has it, which is tested with
+    the op."""
+    solver = SOLVER if isinstance(config, ParaRNNConfig) else WHAT_PAYS
+
+    def build(*, rngs: nnx.Rngs) -> Any:
+        layer = config.build(rngs=rngs)
+        layer.solver = solver
+        return layer
+
+    return module(
+        name,
+        build,
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        **fields,
+    )
+
+
+def pararnn() -> Subject:
+    config = ParaRNNLMConfig(
+        vocab_size=VOCAB,
+        width=8,
+        layers=2,
+        heads=2,
+        mlp_width=12,
+        cell="lstm",
+        norm_epsilon=0.1,
+        solver=SOLVER,
+    )
+    return language_model("ParaRNN LM", config, references.pararnn, bf16=4.0, trained=True)
+
+
 def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
     return module(
         name,
@@ -1050,6 +1091,25 @@ SUBJECTS = [
     mamba(),
     *(mamba2_mixer(groups) for groups in (1, 2)),
     mamba2(),
+    *(
+        recurrent_cell(
+            f"ParaRNN {cell}",
+            ParaRNNConfig(cell=cell, inputs=8, width=6, heads=2),
+            references.para_cell,
+            bf16=2.0,
+        )
+        for cell in ("gru", "lstm")
+    ),
+    *(
+        recurrent_cell(
+            f"Cell {kind}",
+            CellConfig(kind=kind, inputs=8, width=4),
+            references.classical_cell,
+            bf16=2.0,
+        )
+        for kind in ("elman", "gru", "lstm")
+    ),
+    pararnn(),
     gated_conv(),
     prefix_linear_attention(),
     recurrentgemma(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxrec.convert import fields
 from jaxrec.convert.engine import Rule, System, folded, same, transposed
+from jaxrec.errors import UserError
 from jaxrec.layers.cells import CellConfig
 
 FIELDS = {"input_size": "inputs", "hidden_size": "width"}
@@ -24,6 +25,8 @@ def _write_config(config: CellConfig) -> dict[str, Any]:
 
 
 def _rules(config: CellConfig) -> list[Rule]:
+    if config.kind != "gru":
+        raise UserError(f"deer_elk: only GRUs can be written, got an {config.kind}.")
     return [  # rows: reset, update, candidate
         transposed("weight_ih", "input/kernel"),
         folded("bias", "input/bias"),

@@ -31,7 +31,7 @@ from jaxrec.ops.newton.structure import Kind, Step
 Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk"]
 
 DEFAULT_WINDOW = 1024
-SHORTEST_FOR_NEWTON = 256  # shorter sequences "auto" runs step by step on accelerators too
+SHORTEST_FOR_NEWTON = 32  # shorter sequences "auto" runs step by step on accelerators too
 ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
 SLOW_ITERATIONS = 64  # of methods that converge linearly
 
