@@ -78,8 +78,10 @@ def newton_scan(
       max_iters: most iterations for one window; None: 16, or 64 where convergence is linear.
       tol: a step is settled when its residual is at most so much of the largest number of its
         state, or of 1 if that is larger; None: four times the dtype's resolution.
-      window: so many steps are solved at once, windows one after another. It bounds the memory and
-        how far an iterate can stray. None: 1024, or all of a device's steps where time is spread.
+      window: so many steps are solved at once, windows one after another. It bounds how far an
+        iterate can stray, and the memory: with a window the gradient keeps nothing but h and
+        computes the rest again, also of the sequential method, which without one keeps what JAX
+        keeps of a loop. None: 1024, or all of a device's steps where time is spread.
       reset: bool (b t). True: the state that enters this step is zero.
       guess: where the iteration begins, (b t ...); None: step(params, 0, x_t).
       relaxation: what part of each increment is taken.
@@ -153,8 +155,16 @@ def newton_scan(
     )
     if guess is not None:
         guess = lax.stop_gradient(guess.astype(h0.dtype))
+    arguments = (floats, (*others, reset, guess), h0)
     with jax.named_scope("newton_scan"):
-        return _run(plan, floats, (*others, reset, guess), h0)
+        if is_sharded or window is not None or method not in ("auto", "sequential"):
+            return _run(plan, *arguments)
+        # Differentiated by JAX, a loop keeps what its gradient would compute again.
+        loop = functools.partial(_sequential, plan, line=Line())
+        if method == "sequential" or time < SHORTEST_FOR_NEWTON:
+            return loop(*arguments)
+        newton = functools.partial(_run, plan._replace(method="newton"))
+        return lax.platform_dependent(*arguments, cpu=loop, default=newton)
 
 
 def _check_numbers(
@@ -308,7 +318,7 @@ def _sequential(
 ) -> tuple[Array, NewtonInfo]:
     params, x = plan.split.join(floats, others)
     h = step_by_step(lambda h, x: plan.step(params, h, x), x, h0, others[2], line)
-    return h, NewtonInfo.exact()
+    return h, NewtonInfo.exact(h.dtype)
 
 
 def _newton(
