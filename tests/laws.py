@@ -24,31 +24,37 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import MESH_AXES
+from jaxrec.layers.cells import CellConfig
 from jaxrec.layers.gated_conv import GatedConv
 from jaxrec.layers.linear_attention import LinearAttention
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.mamba2 import Mamba2
 from jaxrec.layers.mlstm import MLSTM
+from jaxrec.layers.pararnn import ParaRNNConfig
 from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.rwkv import RWKVBlock
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
+from jaxrec.layers.scan import WHAT_PAYS, Solver
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
+from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import (
     MLSTMState,
     SLSTMState,
     WKVState,
+    block_scan,
     dense_scan,
     linear_scan,
     matrix_scan,
@@ -256,6 +262,66 @@ def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subj
         loop=lambda params, x, h, reset: references.linear_scan(x["a"], x["b"], h, reset),
         bf16=None if dtype == np.complex64 else 1.0,
         log_trace=method == "associative",
+    )
+
+
+def blocks(method: str, size: int, *, reverse: bool = False) -> Subject:
+    """`block_scan` of `size` numbers in each of two channels; matrices of norm around 0.7."""
+
+    def mirrored(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.flip(leaf, 1), x) if reverse else x
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        a = draw(rng, (batch, time, size, size, 2)) * np.float32(0.35 * (2 / size) ** 0.5)
+        return {}, {"a": a, "b": draw(rng, (batch, time, size, 2))}
+
+    def run(params: Any, x: Any, h: Any, reset: Any) -> Any:
+        x, reset = mirrored(x), mirrored(reset)
+        y, last = block_scan(x["a"], x["b"], h, reverse=reverse, reset=reset, method=method)
+        return mirrored(y), last
+
+    return Subject(
+        name=f"block_scan {size} {method}{' reverse' if reverse else ''}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, size, 2), np.float32),
+        run=run,
+        loop=lambda params, x, h, reset: references.block_scan(x["a"], x["b"], h, reset),
+        log_trace=method == "associative",
+    )
+
+
+def newton(structure: str, method: str, **options: Any) -> Subject:
+    """`newton_scan` of a tanh cell whose 4 numbers mix in no, in pairs, or all; windows of 8."""
+    size = {"diagonal": 1, "block": 2, "dense": 4}[structure]
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        matrices = draw(rng, (size, size, 4 // size)) * np.float32(0.6 / size**0.5)
+        return matrices, draw(rng, (batch, time, size, 4 // size))
+
+    def step(matrices: Any, h: Any, x: Any) -> Any:
+        mixed = jnp.einsum("ijn,bjn->bin", matrices.astype(h.dtype), h)
+        return jnp.tanh(x.astype(h.dtype) + mixed)
+
+    def run(matrices: Any, x: Any, h: Any, reset: Any) -> Any:
+        y, _ = newton_scan(
+            step,
+            matrices,
+            x,
+            h,
+            jacobian=structure,
+            method=method,
+            reset=reset,
+            window=8,
+            **options,
+        )
+        return y, y[:, -1]
+
+    return Subject(
+        name=f"newton_scan {structure} {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, size, 4 // size), np.float32),
+        run=run,
+        loop=references.elman,
     )
 
 
@@ -872,6 +938,43 @@ def dense_system() -> Subject:
     )
 
 
+SOLVER = Solver(method="newton", window=8)
+
+
+def recurrent_cell(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
+    """ParaRNN cells by Newton's method, the classical ones as `auto` has it, which is tested with
+    the op."""
+    solver = SOLVER if isinstance(config, ParaRNNConfig) else WHAT_PAYS
+
+    def build(*, rngs: nnx.Rngs) -> Any:
+        layer = config.build(rngs=rngs)
+        layer.solver = solver
+        return layer
+
+    return module(
+        name,
+        build,
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        **fields,
+    )
+
+
+def pararnn() -> Subject:
+    config = ParaRNNLMConfig(
+        vocab_size=VOCAB,
+        width=8,
+        layers=2,
+        heads=2,
+        mlp_width=12,
+        cell="lstm",
+        norm_epsilon=0.1,
+        solver=SOLVER,
+    )
+    return language_model("ParaRNN LM", config, references.pararnn, bf16=4.0, trained=True)
+
+
 def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
     return module(
         name,
@@ -944,6 +1047,18 @@ SUBJECTS = [
         for dtype in (np.float32, np.complex64)
         for reverse in (False, True)
     ),
+    *(
+        blocks(method, size, reverse=reverse)
+        for method, size, reverse in (
+            ("sequential", 2, False),
+            ("associative", 2, True),
+            ("chunked", 2, False),
+            ("chunked", 5, True),
+        )
+    ),
+    *(newton(structure, "newton") for structure in ("diagonal", "block", "dense")),
+    newton("block", "quasi_newton", tol=2.5e-7),
+    newton("dense", "sequential"),
     *(maximum(method) for method in ("sequential", "associative")),
     weighted_mean(),
     *(gated_memory(method) for method in ("sequential", "chunkwise")),
@@ -976,6 +1091,25 @@ SUBJECTS = [
     mamba(),
     *(mamba2_mixer(groups) for groups in (1, 2)),
     mamba2(),
+    *(
+        recurrent_cell(
+            f"ParaRNN {cell}",
+            ParaRNNConfig(cell=cell, inputs=8, width=6, heads=2),
+            references.para_cell,
+            bf16=2.0,
+        )
+        for cell in ("gru", "lstm")
+    ),
+    *(
+        recurrent_cell(
+            f"Cell {kind}",
+            CellConfig(kind=kind, inputs=8, width=4),
+            references.classical_cell,
+            bf16=2.0,
+        )
+        for kind in ("elman", "gru", "lstm")
+    ),
+    pararnn(),
     gated_conv(),
     prefix_linear_attention(),
     recurrentgemma(),

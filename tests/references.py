@@ -20,6 +20,25 @@ def linear_scan(a, b, h, reset):
     return np.stack(out, axis=1), h
 
 
+def block_scan(a, b, h, reset):
+    out = []
+    for t in range(b.shape[1]):
+        entering = np.where(spread(reset[:, t], h), 0, h)
+        h = np.einsum("bij...,bj...->bi...", a[:, t], entering) + b[:, t]
+        out.append(h)
+    return np.stack(out, axis=1), h
+
+
+def elman(matrices, x, h, reset):
+    """Matrices (m m n), x (b t m n)."""
+    out = []
+    for t in range(x.shape[1]):
+        h = np.where(spread(reset[:, t], h), 0, h)
+        h = np.tanh(x[:, t] + np.einsum("ijn,bjn->bin", matrices, h))
+        out.append(h)
+    return np.stack(out, axis=1), h
+
+
 def running_max(log_decay, x, m, reset):
     out = []
     for t in range(x.shape[1]):
@@ -362,6 +381,75 @@ def rwkv(params, tokens, reset, config):
         x = rwkv_block(block, x, nothing, nothing, reset, config.norm_epsilon)
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return layer_norm(params["norm"], x) @ head["table"].T
+
+
+def para_cell(params, x, state, reset, limit=np.inf):
+    """The LSTM's if there are peepholes; its state is (b 2 d), c before h."""
+    heads, fan_in, _, size = params["kernel"].shape
+    a = np.clip(params["recurrent"], -limit, limit)
+    out = []
+    for t in range(x.shape[1]):
+        state = np.where(spread(reset[:, t], state), 0, state)
+        u = [
+            x[:, t, i * fan_in : (i + 1) * fan_in] @ params["kernel"][i].reshape(fan_in, -1)
+            for i in range(heads)
+        ]
+        u = np.concatenate([part.reshape(-1, 3, size) for part in u], axis=-1) + params["bias"]
+        if "peephole" in params:
+            p = np.clip(params["peephole"], -limit, limit)
+            c, h = state[:, 0], state[:, 1]
+            f = sigmoid(a[0] * h + p[0] * c + u[:, 0])
+            c = f * c + (1 - f) * np.tanh(a[2] * h + u[:, 2])
+            h = sigmoid(a[1] * h + p[1] * c + u[:, 1]) * np.tanh(c)
+            state = np.stack([c, h], axis=1)
+        else:
+            z, r = (sigmoid(a[i] * state + u[:, i]) for i in range(2))
+            h = state = (1 - z) * state + z * np.tanh(a[2] * state * r + u[:, 2])
+        out.append(h)
+    return np.stack(out, axis=1), state
+
+
+def classical_cell(params, x, state, reset):
+    """Elman's, the GRU or the LSTM, by the parameters that there are."""
+    out = []
+    for t in range(x.shape[1]):
+        state = np.where(spread(reset[:, t], state), 0, state)
+        h = state[:, 1] if "peephole" in params else state
+        u, mixed = linear(params["input"], x[:, t]), np.tensordot(h, params["recurrent"], axes=1)
+        if "peephole" in params:
+            p, c, gates = params["peephole"], state[:, 0], u + mixed
+            i, f = (sigmoid(gates[:, k] + p[k] * c) for k in range(2))
+            c = f * c + i * np.tanh(gates[:, 3])
+            h = sigmoid(gates[:, 2] + p[2] * c) * np.tanh(c)
+            state = np.stack([c, h], axis=1)
+        elif "candidate_bias" in params:
+            r, z = (sigmoid(u[:, k] + mixed[:, k]) for k in range(2))
+            n = np.tanh(u[:, 2] + r * (mixed[:, 2] + params["candidate_bias"]))
+            h = state = (1 - z) * n + z * h
+        else:
+            h = state = np.tanh(u[:, 0] + mixed[:, 0])
+        out.append(h)
+    return np.stack(out, axis=1), state
+
+
+def pararnn(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens]
+    batch, width = tokens.shape[0], config.width
+    limit = np.inf if config.recurrent_limit is None else config.recurrent_limit
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        inputs = linear(block["input"], rms_norm(block["norm"], x, config.norm_epsilon))
+        inner, gate = inputs[:, :, 0], inputs[:, :, 1]
+        window = np.zeros((batch, config.conv_width - 1, width), x.dtype)
+        inner, _ = causal_conv(inner, block["conv_kernel"], block["conv_bias"], window, reset)
+        state = np.zeros((batch, width) if config.cell == "gru" else (batch, 2, width), x.dtype)
+        h, _ = para_cell(block["cell"], silu(inner), state, reset, limit)
+        h = rms_norm(block["gate_norm"], h, config.norm_epsilon) * silu(gate)
+        x = block["residual_scale"] * x + linear(block["out"], h)
+        mixed = gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x, config.norm_epsilon))
+        x = x + mixed if config.mlp_residual else mixed
+    x = rms_norm(params["norm"], x, config.norm_epsilon)
+    return x @ params["embedding"]["table"].T
 
 
 def mamba2_mixer(params, x, window, h, reset, config, activation=silu):

@@ -22,7 +22,17 @@ from flax import nnx
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
-SYSTEMS = ("huginn", "mamba", "mamba2", "recurrentgemma", "rwkv", "s5", "xlstm")
+SYSTEMS = (
+    "deer_elk",
+    "huginn",
+    "mamba",
+    "mamba2",
+    "pararnn",
+    "recurrentgemma",
+    "rwkv",
+    "s5",
+    "xlstm",
+)
 """Names of the systems that can be converted; each is a module beside this one."""
 
 

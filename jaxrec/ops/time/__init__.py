@@ -1,5 +1,6 @@
 """Recurrences in time."""
 
+from jaxrec.ops.time.block import block_scan
 from jaxrec.ops.time.lti import (
     dense_scan,
     diagonal_kernel,
@@ -22,6 +23,7 @@ from jaxrec.ops.time.slstm import SLSTMState, slstm_scan, slstm_step
 from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
+    "block_scan",
     "dense_scan",
     "diagonal_kernel",
     "diagonal_last_state",
