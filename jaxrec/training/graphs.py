@@ -5,7 +5,8 @@ programs are compiled and little of what they compute is padding.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,10 @@ from jaxrec.models.plstm_graph import (
     GraphClassifierConfig,
     GraphInputs,
     GraphOrders,
+    GraphShapes,
     graph_inputs,
     graph_orders,
+    graph_shapes,
 )
 from jaxrec.training import optim
 from jaxrec.training.config import OptimizerConfig
@@ -31,10 +34,11 @@ SMALLEST_BUCKET = 16  # graphs of up to so many nodes are padded alike
 
 
 class OrderedGraph(NamedTuple):
-    """A graph, and the order in which a model runs over it."""
+    """A graph, the order in which a model runs over it, and what it is padded to."""
 
     graph: Graph
     orders: GraphOrders
+    shapes: GraphShapes
 
 
 class Bucket(NamedTuple):
@@ -84,35 +88,48 @@ class GraphResults(NamedTuple):
 
 
 def ordered(graphs: Sequence[Graph]) -> list[OrderedGraph]:
-    """Finds the orders of graphs, once for all uses."""
-    return [OrderedGraph(graph, graph_orders(len(graph.features), graph.edges)) for graph in graphs]
+    """Finds the orders of graphs, and what each is padded to: the largest sizes among those whose
+    number of nodes has the same next power of two.
+
+    Graphs that are ordered together share their programs, whatever sets they are split into.
+    """
+    orders = [graph_orders(len(graph.features), graph.edges) for graph in graphs]
+    rooms = [max(1 << (len(graph.features) - 1).bit_length(), SMALLEST_BUCKET) for graph in graphs]
+    shapes = {
+        room: graph_shapes([one for one, own in zip(orders, rooms, strict=True) if own == room])
+        for room in set(rooms)
+    }
+    return [
+        OrderedGraph(graph, one, shapes[room])
+        for graph, one, room in zip(graphs, orders, rooms, strict=True)
+    ]
 
 
 def bucketed(graphs: Sequence[OrderedGraph]) -> list[Bucket]:
-    """Pads graphs to the next power of two of nodes; all other sizes to the largest of a bucket.
+    """Pads graphs, those of one shape together.
 
     Raises:
       ValueError: some graphs have features of edges and others have none.
     """
-    with_edges = sum(graph.edge_features is not None for graph, _ in graphs)
+    with_edges = sum(one.graph.edge_features is not None for one in graphs)
     if with_edges not in (0, len(graphs)):
         raise ValueError("bucketed: either all graphs have features of edges, or none.")
-    sizes: dict[int, list[OrderedGraph]] = {}
+    groups: dict[GraphShapes, list[OrderedGraph]] = {}
     for one in graphs:
-        room = 1 << (len(one.graph.features) - 1).bit_length()
-        sizes.setdefault(max(room, SMALLEST_BUCKET), []).append(one)
+        groups.setdefault(one.shapes, []).append(one)
     return [
         Bucket(
             graph_inputs(
-                [graph.features for graph, _ in group],
-                [orders for _, orders in group],
-                [graph.edge_features for graph, _ in group if graph.edge_features is not None]
+                [one.graph.features for one in group],
+                [one.orders for one in group],
+                [x for one in group if (x := one.graph.edge_features) is not None]
                 if with_edges
                 else None,
+                shapes=shapes,
             ),
-            np.array([graph.label for graph, _ in group], np.int32),
+            np.array([one.graph.label for one in group], np.int32),
         )
-        for _, group in sorted(sizes.items())
+        for shapes, group in sorted(groups.items())
     ]
 
 
@@ -137,11 +154,37 @@ def train_graph_classifier(
         _check(f"train_graph_classifier: {name}", graphs, config)
     seen, held_out = bucketed(train), bucketed(valid)
     steps = sum(-(-len(bucket.labels) // settings.batch) for bucket in seen)
-    model = jax.jit(lambda key: config.build(rngs=nnx.Rngs(key)))(jax.random.key(settings.seed))
-    graph, variables = nnx.split(model)
-    params = nnx.to_pure_dict(variables)
     rule = dataclasses.replace(settings.optimizer, warmup_steps=steps * settings.warmup_epochs)
-    transform = optim.build(rule, steps * settings.epochs, params, stacked_axes(model))
+    graph, start, step = _trainer(config, rule, steps * settings.epochs)
+    params, moments = start(jax.random.key(settings.seed))
+    losses = []
+    rng = np.random.default_rng(settings.seed)
+    best, accuracies = params, []
+    for _ in range(settings.epochs):
+        for batch, weights in _batches(seen, settings.batch, rng):
+            params, moments, value = step(params, moments, batch, weights)
+            losses.append(value)
+        accuracies.append(_accuracy(nnx.merge(graph, params), held_out, settings.batch))
+        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+            best = params
+    return GraphResults(nnx.merge(graph, best), np.array(losses), accuracies)
+
+
+@functools.cache
+def _trainer(
+    config: GraphClassifierConfig, rule: OptimizerConfig, steps: int
+) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """The model without its parameters, what begins a run, and one step of it; runs that are alike
+    share what is compiled.
+    """
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    graph, variables = nnx.split(model)
+    transform = optim.build(rule, steps, nnx.to_pure_dict(variables), stacked_axes(model))
+
+    @jax.jit
+    def start(key: Array) -> tuple[Any, Any]:
+        params = nnx.to_pure_dict(nnx.split(config.build(rngs=nnx.Rngs(key)))[1])
+        return params, transform.init(params)
 
     @jax.jit
     def step(params: Any, moments: Any, batch: Bucket, weights: Array) -> tuple[Any, Any, Array]:
@@ -154,17 +197,7 @@ def train_graph_classifier(
         updates, moments = transform.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
-    moments, losses = jax.jit(transform.init)(params), []
-    rng = np.random.default_rng(settings.seed)
-    best, accuracies = params, []
-    for _ in range(settings.epochs):
-        for batch, weights in _batches(seen, settings.batch, rng):
-            params, moments, value = step(params, moments, batch, weights)
-            losses.append(value)
-        accuracies.append(_accuracy(nnx.merge(graph, params), held_out, settings.batch))
-        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
-            best = params
-    return GraphResults(nnx.merge(graph, best), np.array(losses), accuracies)
+    return graph, start, step
 
 
 def graph_accuracy(model: Any, graphs: Sequence[OrderedGraph], *, batch: int = 64) -> float:
@@ -192,14 +225,15 @@ def _accuracy(model: Any, buckets: Sequence[Bucket], size: int) -> float:
 def _batches(
     buckets: Sequence[Bucket], size: int, rng: np.random.Generator | None = None
 ) -> Iterator[tuple[Bucket, np.ndarray]]:
-    """Batches of at most `size` graphs and weights 1 of each; a smaller one repeats its first graph
-    with weight 0 up to the size of the others of its bucket. In random order if there is a `rng`.
+    """Batches of at most `size` graphs and weights 1 of each; a smaller one repeats its graphs with
+    weight 0 up to `size`, or a power of two for all that its bucket has. In random order if there
+    is a `rng`.
     """
     parts = []
     for bucket in buckets:
         count = len(bucket.labels)
         order = np.arange(count) if rng is None else rng.permutation(count)
-        width = min(size, count)
+        width = min(size, 1 << (count - 1).bit_length())
         for begin in range(0, count, width):
             picked = order[begin : begin + width]
             weights = np.arange(width) < len(picked)
@@ -213,7 +247,7 @@ def _batches(
 def _check(name: str, graphs: Sequence[OrderedGraph], config: GraphClassifierConfig) -> None:
     if not graphs:
         raise ValueError(f"{name}: needs at least one graph.")
-    for i, (graph, _) in enumerate(graphs):
+    for i, (graph, *_) in enumerate(graphs):
         edges = None if graph.edge_features is None else graph.edge_features.shape[1]
         if graph.features.shape[1] != config.features or config.edge_features not in (None, edges):
             raise ValueError(

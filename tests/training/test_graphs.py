@@ -31,7 +31,8 @@ def marked(count, seed):
 
 
 def test_it_learns_and_a_second_run_is_the_same():
-    train, valid = marked(40, 0), marked(20, 1)
+    graphs = marked(60, 0)
+    train, valid = graphs[:40], graphs[40:]
     first, second = (train_graph_classifier(CONFIG, train, valid, SETTINGS) for _ in range(2))
     assert first.losses.shape == (36,) and np.all(np.isfinite(first.losses))
     assert np.mean(first.losses[-3:]) < 0.5 * first.losses[0]
@@ -45,6 +46,13 @@ def test_graphs_of_a_size_are_padded_alike_and_none_is_lost():
     buckets = bucketed(graphs)
     assert [bucket.inputs.nodes.shape[:2] for bucket in buckets] == [(2, 16), (1, 17), (2, 40)]
     assert sorted(n for bucket in buckets for n in bucket.inputs.nodes[:, 0, 0]) == sorted(sizes)
+
+
+def test_graphs_ordered_together_keep_their_shapes_in_any_subset():
+    graphs = marked(12, 0)
+    [whole], [part] = bucketed(graphs), bucketed(graphs[:3])
+    assert whole.inputs.nodes.shape[1:] == part.inputs.nodes.shape[1:]
+    assert whole.inputs.d.schedule.shape[1:] == part.inputs.d.schedule.shape[1:]
 
 
 def test_data_that_does_not_fit_is_refused():
