@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrec.models.plstm_graph import GraphClassifierConfig, GraphOrders
+from jaxrec.models.graph_classifier import GraphClassifierConfig, GraphOrders
 from jaxrec.ops.time import Dag
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.graphs import classes_of, features_of, made_graphs

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from jaxrec.models.plstm_graph import (
+from jaxrec.models.graph_classifier import (
     GraphClassifierConfig,
     GraphInputs,
     GraphOrders,

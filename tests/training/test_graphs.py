@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxrec.models.plstm_graph import GraphClassifierConfig
+from jaxrec.models.graph_classifier import GraphClassifierConfig
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.graphs import Graph, made_graphs
 from jaxrec.training.graphs import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.models.plstm_graph import (
+from jaxrec.models.graph_classifier import (
     MUTAG,
     NCI1,
     PROTEINS,
