@@ -127,6 +127,15 @@ def test_gradients_are_finite_and_reach_every_parameter(kind):
         assert np.all(np.isfinite(leaf)) and np.any(leaf != 0), path
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_stays_what_it_is(kind):
+    layer = drawn(kind)
+    dags = dag_batch(graphs("P"))
+    args = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (layer, *inputs(kind, dags)))
+    y = jax.eval_shape(lambda layer, x, edges: layer(x, dags, edges), *args)
+    assert y.dtype == jnp.bfloat16
+
+
 def test_gates_begin_closed_and_transitions_as_identities():
     layer = config("node").build(rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.gates.transition.bias[...][1], np.eye(PLACES))

@@ -77,7 +77,7 @@ def test_everything_scales_with_the_picture():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_size": (30, 48)}, "image_size less the padding on both sides must hold"),
+        ({"image_size": (12, 48)}, r"must leave room between the padding of 6 .* got \(12, 48\)"),
         ({"min_radius": 8}, "needs 0 < min_radius <= max_radius, got 8 and 7"),
         ({"arrow_length_min": 0}, "0 < arrow_length_min"),
         ({"intersection_factor": 1.0}, "intersection_factor > 1"),
@@ -87,6 +87,12 @@ def test_everything_scales_with_the_picture():
 def test_what_cannot_be_drawn_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+def test_a_disc_that_covers_its_arrow_is_refused():
+    config = dataclasses.replace(SMALL, image_size=(16, 16), max_radius=7, min_radius=6)
+    with pytest.raises(ValueError, match=r"the disc of picture \d+ covers the arrow"):
+        pictures(config, 0, 20)
 
 
 def test_there_must_be_something_to_draw():

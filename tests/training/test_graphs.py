@@ -30,6 +30,7 @@ def marked(count, seed):
     return ordered([graph._replace(features=own) for graph, own in pairs])
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_second_run_is_the_same():
     graphs = marked(60, 0)
     train, valid = graphs[:40], graphs[40:]

@@ -37,13 +37,10 @@ class ArrowsConfig:
     seed: int = 43
 
     def __post_init__(self) -> None:
-        room = [size - 2 * self.boundary_padding for size in self.image_size]
-        factor = max(self.min_dist_x_factor, self.min_dist_y_factor)
-        if len(room) != 2 or min(room) < 2 * factor * self.max_radius:
+        if min(self.image_size) <= 2 * self.boundary_padding:
             raise ValueError(
-                "ArrowsConfig: image_size less the padding on both sides must hold twice the least"
-                f" distance of the centres, {2 * factor * self.max_radius}, got {self.image_size}"
-                f" and padding {self.boundary_padding}."
+                "ArrowsConfig: image_size must leave room between the padding of"
+                f" {self.boundary_padding} on both sides, got {self.image_size}."
             )
         for low, high in (
             ("min_radius", "max_radius"),
@@ -103,7 +100,10 @@ def arrow(config: ArrowsConfig, index: int) -> Arrow:
     With room W for x inside the padding, the disc stands at the arrow plus 2 r + (W - 4 r) u along
     each axis, taken back by W where that leaves the room. With the angle `half` under which a disc
     of radius r / 1.2 (1.2 r) is seen from the arrow, the arrow points evenly inside (outside) of
-    it.
+    it. Where 4 r exceeds W the disc may be nearer than 2 r, and may lie outside of the picture.
+
+    Raises:
+      ValueError: the disc covers the arrow, which can happen only where 4 r exceeds W.
     """
     first = int(np.random.default_rng(config.seed).integers(1 << 62))
     rng = np.random.default_rng(first + index)
@@ -125,6 +125,11 @@ def arrow(config: ArrowsConfig, index: int) -> Arrow:
     dx, dy = circle_x - x, circle_y - y
     seen = radius / config.intersection_factor if hits else config.intersection_factor * radius
     squared = dx**2 + dy**2
+    if seen**2 > 2 * squared:
+        raise ValueError(
+            f"arrow: the disc of picture {index} covers the arrow; choose a larger image_size than"
+            f" {config.image_size} or a smaller max_radius than {config.max_radius}."
+        )
     half = math.acos(abs((squared - seen**2) / squared) ** 0.5)
     span, begin = (2 * half, -half) if hits else (2 * math.pi - 2 * half, half)
     angle = math.atan2(dy, dx) + rng.random() * span + begin
