@@ -8,6 +8,7 @@ from typing import Any
 from jaxrec import convert, models
 
 EXPERIMENTS = {
+    "graph_classifier": "experiments/plstm_graphs",
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
@@ -15,6 +16,7 @@ EXPERIMENTS = {
     "sequence_classifier": "experiments/s4_lssl",
 }
 GOLDEN = {
+    "graph_classifier": "tests/golden/test_plstm_graphs.py",
     "huginn": "tests/golden/test_huginn.py",
     "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",

@@ -28,6 +28,8 @@ SYSTEMS = (
     "mamba",
     "mamba2",
     "pararnn",
+    "plstm",
+    "plstm_graph",
     "recurrentgemma",
     "rwkv",
     "s5",

@@ -1,6 +1,8 @@
 """Recurrences in time."""
 
 from jaxrec.ops.time.block import block_scan
+from jaxrec.ops.time.dag_scan import dag_scan
+from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_of
 from jaxrec.ops.time.lti import (
     dense_scan,
     diagonal_kernel,
@@ -24,6 +26,12 @@ from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
     "block_scan",
+    "Dag",
+    "DagBatch",
+    "DagShape",
+    "dag",
+    "dag_batch",
+    "dag_scan",
     "dense_scan",
     "diagonal_kernel",
     "diagonal_last_state",
@@ -35,6 +43,7 @@ __all__ = [
     "mlstm_scan",
     "running_max",
     "selective_scan",
+    "shape_of",
     "sharded_linear_scan",
     "sharded_running_max",
     "sharded_matrix_scan",
