@@ -112,10 +112,15 @@ class PLSTMConfig(_LayerConfig):
     conv_inputs: str = "STMDQKP"
     skip: bool = True
     chunk: int = 32  # steps that are worked on together
+    # The original's gradient does not leave chunks of so many steps of a call, although the state
+    # does. None: the exact gradient.
+    gradient_chunk: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "chunk")
+        if self.gradient_chunk is not None:
+            at_least(self, 1, "gradient_chunk")
         if self.conv_width is not None:
             at_least(self, 2, "conv_width")
 
@@ -279,20 +284,22 @@ class PLSTM(nnx.Module):
                 return conv if name in inputs else x
 
             q, k, v, direct = self.shared.read(x, conv, inputs)
+            gates = self.source(of("S")), self.transition(of("T")), self.mark(of("M")), direct
             y, memory = mark_scan(
-                q,
-                k,
-                v,
-                self.source(of("S")),
-                self.transition(of("T")),
-                self.mark(of("M")),
-                direct,
-                state.memory,
-                reset=reset,
-                chunk=self.config.chunk,
+                q, k, v, *gates, state.memory, reset=reset, chunk=self.config.chunk
             )
+            if self.config.gradient_chunk is not None:
+                y = self._with_gradient_inside_chunks(y, reset, q, k, v, *gates)
             y = self.shared.finished(self.shared.normed(y, x.dtype), of("P"))
             return y, PLSTMState(window, memory)
+
+    def _with_gradient_inside_chunks(self, y: Array, reset: Array | None, *inputs: Array) -> Array:
+        """y with the gradient of what each chunk makes without the state that enters it."""
+        length = self.config.gradient_chunk
+        begins = jnp.broadcast_to(jnp.arange(y.shape[1])[None] % length == 0, y.shape[:2])
+        begins = begins if reset is None else begins | reset
+        inside, _ = mark_scan(*inputs, reset=begins, chunk=self.config.chunk)
+        return inside + jax.lax.stop_gradient(y - inside)
 
 
 class PLSTMGrid(nnx.Module):
