@@ -30,6 +30,8 @@ from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.mamba2 import Mamba2
 from jaxrec.layers.mlstm import MLSTM
+from jaxrec.layers.plstm import PLSTMConfig
+from jaxrec.layers.plstm_gates import GateConfig, ProjectionConfig
 from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.rglru import RGLRU, RecurrentBlock
 from jaxrec.layers.rwkv import RWKVBlock
@@ -40,6 +42,7 @@ from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.plstm import lm_config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
@@ -939,6 +942,46 @@ def rwkv() -> Subject:
     return language_model("RWKV", config, references.rwkv, bf16=2.0, log_trace=True, trained=True)
 
 
+def plstm() -> Subject:
+    config = PLSTMConfig(
+        width=8,
+        heads=2,
+        key_width=2,
+        value_width=2,
+        jv=3,
+        jt=2,
+        jo=2,
+        source=GateConfig(sub_heads=2),
+        query=ProjectionConfig(sub_heads=4),
+        conv_width=3,
+        norm_epsilon=0.1,  # a head has four channels, which may be almost nothing
+        chunk=4,
+    )
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        y, *state = references.plstm(params, x, *state, reset, config)
+        return y, tuple(state)
+
+    return module(
+        "PLSTM",
+        config.build,
+        start=lambda layer, b, t: layer.init_state(b),
+        call=lambda layer, x, state, reset: layer(x, state, reset=reset),
+        loop=loop,
+        bf16=2.0,
+    )
+
+
+def plstm_lm() -> Subject:
+    config = lm_config(vocab_size=VOCAB, width=4, layers=2, heads=2)
+    mixer = dataclasses.replace(config.block.mixer, norm_epsilon=0.1, chunk=4)
+    block = dataclasses.replace(config.block, mixer=mixer)
+    config = dataclasses.replace(config, block=block)
+    return language_model(
+        "pLSTM", config, references.plstm_lm, gradient_gap=2e-6, bf16=3.0, trained=True
+    )
+
+
 STEPS = {"log_step": lambda rng, shape: rng.uniform(-3, -1, shape)}
 
 
@@ -1083,6 +1126,8 @@ SUBJECTS = [
     rwkv(),
     mlstm_mixer(),
     xlstm(),
+    plstm(),
+    plstm_lm(),
     linear_attention("RetNet", gate="constant", rotary_base=50.0, bf16=2.0),
     linear_attention("GLA", gate="logistic"),
     linear_attention(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from jaxrec import convert, models
+from jaxrec.convert.engine import DESCRIBED_BY
 
 EXPERIMENTS = {
     "huginn": "experiments/huginn",
@@ -19,6 +20,8 @@ GOLDEN = {
     "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",
     "mamba2": "tests/golden/test_mamba2.py",
+    "plstm": "tests/golden/test_plstm.py",
+    "plstm_vision": "tests/golden/test_plstm.py",
     "prefix_linear": "tests/golden/test_prefix_linear_attention.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",
@@ -80,7 +83,7 @@ def systems() -> list[dict[str, Any]]:
                     "path": f"jaxrec.models.{module}:{name}",
                     "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
                     "golden": GOLDEN.get(module),
-                    "conversion": module in convert.SYSTEMS,
+                    "conversion": DESCRIBED_BY.get(module, module) in convert.SYSTEMS,
                     "experiment": EXPERIMENTS.get(module),
                 }
             )

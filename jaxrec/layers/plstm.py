@@ -295,7 +295,7 @@ class PLSTM(nnx.Module):
 
     def _with_gradient_inside_chunks(self, y: Array, reset: Array | None, *inputs: Array) -> Array:
         """y with the gradient of what each chunk makes without the state that enters it."""
-        length = self.config.gradient_chunk
+        length = self.config.gradient_chunk or y.shape[1]
         begins = jnp.broadcast_to(jnp.arange(y.shape[1])[None] % length == 0, y.shape[:2])
         begins = begins if reset is None else begins | reset
         inside, _ = mark_scan(*inputs, reset=begins, chunk=self.config.chunk)

@@ -17,8 +17,6 @@ from jaxrec.layers.plstm_block import NormConfig, SequenceBlockConfig
 from jaxrec.layers.plstm_gates import GateConfig, ProjectionConfig, small_init
 from jaxrec.layers.recurrent_lm import RecurrentLM, Unlooped
 
-_NORM = NormConfig()
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PLSTMLMConfig(Unlooped):
@@ -30,7 +28,8 @@ class PLSTMLMConfig(Unlooped):
     context: int = 2048  # longest sequence in training; the state itself has no limit
     logits_soft_cap: float | None = 10.0
     tie_embeddings: bool = False
-    norm: NormConfig = _NORM  # of the stream that the head reads
+    # Of the stream that the head reads.
+    norm: NormConfig = dataclasses.field(default_factory=NormConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "layers", "context")

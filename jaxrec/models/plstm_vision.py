@@ -28,7 +28,6 @@ from jaxrec.ops.resize import bicubic
 
 Pooling = Literal["corners", "mean", "sum", "center"]
 CORNERS = ((0, 0), (-1, 0), (0, -1), (-1, -1))
-_NORM = NormConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class PLSTMVisionConfig:
     position: bool = True  # a learned vector for each patch of the grid
     pooling: Pooling = "corners"  # corners: all four beside each other, so that the head is wider
     drop: float = 0.0  # share of the samples for which a block does nothing, in training
-    norm: NormConfig = _NORM
+    norm: NormConfig = dataclasses.field(default_factory=NormConfig)
     logits_soft_cap: float | None = None
     channels_first: bool = False  # images are (b c x y) instead of (b x y c)
 

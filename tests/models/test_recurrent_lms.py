@@ -15,6 +15,7 @@ from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.plstm import lm_config
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
@@ -45,6 +46,7 @@ CONFIGS = [
     ),
     MambaConfig(vocab_size=13, width=16, layers=2, inner_width=24, step_rank=3, state_size=4),
     Mamba2Config(vocab_size=13, width=16, layers=2, heads=4, head_width=6, state_size=5),
+    lm_config(vocab_size=13, width=8, layers=2, heads=2, context=32),
     PrefixLMConfig(
         vocab_size=13,
         width=16,
