@@ -66,7 +66,7 @@ def test_corrected_flips_make_a_layer_without_preference(axis):
     np.testing.assert_allclose(flipped, call(plain, X), atol=2e-5)
     original = dataclasses.replace(config, flips="original").build(rngs=nnx.Rngs(0))
     difference = np.max(np.abs(np.flip(call(original, np.flip(X, axis)), axis) - call(original, X)))
-    assert (difference > 1e-2) == (axis == 2)
+    assert (difference > 1e-3) == (axis == 2)
 
 
 def test_the_original_flips_y_by_the_third_bit():
@@ -76,13 +76,11 @@ def test_the_original_flips_y_by_the_third_bit():
 
 
 def test_the_chirality_says_which_turn_there_is():
-    """Of what comes along y, with L, what leaves a corner of the grid along x is seen behind it."""
-    seen = {}
+    absent = {}
     for chirality in ("L", "R"):
-        config = dataclasses.replace(D, chirality=chirality, orientations=(0,), conv_width=None)
-        gates = toy.drawn(config).gates(X, X)
-        seen[chirality] = gates.transition_dl is None, gates.transition_ru is None
-    assert seen == {"L": (True, False), "R": (False, True)}
+        gates = toy.drawn(dataclasses.replace(D, chirality=chirality)).gates(X, X)
+        absent[chirality] = gates.transition_dl is None, gates.transition_ru is None
+    assert absent == {"L": (True, False), "R": (False, True)}
 
 
 @pytest.mark.parametrize("mode", ["P", "D"])
