@@ -111,26 +111,31 @@ def gated(q: Array, k: Array, v: Array, gating: Array) -> Array:
     """y_a = sum_b (q_a G_ab k_b) v_b, as dense products.
 
     Args:
-      q: (... n q k) with q queries for each node.
-      k: (... n p k) with p keys.
-      v: (... n j v) with j values.
-      gating: G, (... n*o*q n*p*j) with o outputs.
+      q: (... n q k) with q queries for each of n nodes.
+      k: (... m p k) with p keys for each of m nodes.
+      v: (... m j v) with j values.
+      gating: G, (... n*o*q m*p*j) with o outputs.
 
     Returns:
       (... n o v) in G's dtype.
     """
-    nodes, queries = q.shape[-3:-1]
-    keys, values = k.shape[-2], v.shape[-2]
-    outputs = gating.shape[-2] // (nodes * queries)
-    batch = gating.shape[:-2]
-    wide = gating.dtype
-    scores = jnp.einsum("...aqk,...bpk->...aqbp", q, k, preferred_element_type=wide)
-    weights = gating.reshape(*batch, nodes, outputs, queries, nodes, keys, values)
-    weights = jnp.sum(scores[..., :, None, :, :, :, None] * weights, axis=(-4, -2))
-    weights = weights.reshape(*batch, nodes * outputs, nodes * values)
-    flat = v.reshape(*v.shape[:-3], nodes * values, v.shape[-1])
-    y = jnp.matmul(weights.astype(v.dtype), flat, preferred_element_type=wide)
-    return y.reshape(*batch, nodes, outputs, v.shape[-1])
+    to, queries = q.shape[-3:-1]
+    of, keys = k.shape[-3:-1]
+    values, wide, batch = v.shape[-2], gating.dtype, gating.shape[:-2]
+    outputs = gating.shape[-2] // (to * queries)
+    gating = gating.reshape(*batch, to, outputs, queries, of, keys, values)
+    weights = jnp.zeros((), wide)
+    # One query and one key at a time: XLA's sums on CPU fail in arrays of as many axes as all have.
+    for i in range(queries):
+        for j in range(keys):
+            scores = jnp.einsum(
+                "...ak,...bk->...ab", q[..., i, :], k[..., j, :], preferred_element_type=wide
+            )
+            weights = weights + scores[..., :, None, :, None] * gating[..., i, :, j, :]
+    weights = weights.reshape(*batch, to * outputs, of * values).astype(v.dtype)
+    flat = v.reshape(*v.shape[:-3], of * values, v.shape[-1])
+    y = jnp.matmul(weights, flat, preferred_element_type=wide)
+    return y.reshape(*batch, to, outputs, v.shape[-1])
 
 
 def read(mark: Array, state: Array, q: Array) -> Array:

@@ -13,6 +13,7 @@ Pöppel et al., pLSTM: parallelizable linear source transition mark networks (20
 arXiv:2506.11997, sections 3 and 4.2.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -23,7 +24,7 @@ from jax import Array, lax
 from jaxrec.ops.time import gating
 from jaxrec.ops.time.gating import Flow, Nodes
 
-Method = Literal["auto", "sequential", "parallel"]
+Method = Literal["auto", "sequential", "rows", "parallel"]
 LARGEST_WHOLE = 1024
 """Nodes of a grid up to which "auto" makes one gating tensor, (x y)^2 for each head."""
 TILE = 16
@@ -69,11 +70,13 @@ def grid_scan(
         the output stay where they are whatever the orientation.
       scale: factor on y; None: 1 / sqrt(k).
       tile: side of the squares whose gating tensors are made, between which states are carried;
-        None: the whole grid up to 1024 nodes, 16 beyond. Only with method "parallel" or "auto".
+        None: the whole grid up to 1024 nodes, 16 beyond, with "auto", and the whole grid with
+        "parallel".
       method: "sequential" is a loop over anti-diagonals of nodes that carries their states, the
         definition; "parallel" merges nodes in logarithmic depth into a gating tensor, which weighs
         the products of queries and keys, and loops over anti-diagonals of tiles if there are
-        several; "auto" is parallel.
+        several; "rows" makes that tensor row by row, in a loop; "auto" is parallel on accelerators
+        and in tiles, and rows on CPU, where it takes as long and compiles in a fifth of the time.
 
     Returns:
       y (b x y h v jo), or (b x y h v), in v's dtype. The gradient works gating tensors out again.
@@ -84,9 +87,10 @@ def grid_scan(
     """
     if method not in get_args(Method):
         raise ValueError(f"grid_scan: method must be one of {get_args(Method)}, got {method!r}.")
-    if tile is not None and (tile < 1 or method == "sequential"):
+    if tile is not None and (tile < 1 or method in ("sequential", "rows")):
         raise ValueError(
-            f"grid_scan: tile must be >= 1, and the method not sequential, got {tile} and {method}."
+            "grid_scan: tile must be >= 1, and the method auto or parallel, got"
+            f" {tile} and {method}."
         )
     several = not isinstance(orientation, int)
     orientations = tuple(orientation) if isinstance(orientation, Sequence) else (orientation,)
@@ -95,14 +99,14 @@ def grid_scan(
     if method == "sequential":
         tile = 1
     elif tile is None:
-        tile = max(x, y) if x * y <= LARGEST_WHOLE else TILE
+        tile = TILE if method == "auto" and x * y > LARGEST_WHOLE else max(x, y)
     whole = tile >= max(x, y) and method != "sequential"
     # States lie along y within a row, and along x within an anti-diagonal: the shorter side each.
     swap = x < y if whole else x > y
     if swap:
         grid, orientations = _transposed(grid), tuple(_TRANSPOSED[o] for o in orientations)
     with gating.precision(q):
-        out = _whole(grid, orientations) if whole else _tiled(grid, orientations, tile)
+        out = _whole(grid, orientations, method) if whole else _tiled(grid, orientations, tile)
     out = jnp.swapaxes(out, 0, 1) if swap else out
     scale = q.shape[4] ** -0.5 if scale is None else scale
     out = jnp.transpose(out * jnp.asarray(scale, out.dtype), (2, 0, 1, 3, 5, 4)).astype(v.dtype)
@@ -208,17 +212,51 @@ def _transposed(grid: _Grid) -> _Grid:
     return jax.tree.map(lambda z: jnp.swapaxes(z, 0, 1), grid._replace(gates=gates))
 
 
-def _whole(grid: _Grid, orientations: tuple[int, ...]) -> Array:
-    """y (x y b h jo v) by one gating tensor."""
+def _whole(grid: _Grid, orientations: tuple[int, ...], method: Method) -> Array:
+    """y (x y b h jo v) of a grid whose nodes weigh each other directly."""
+    form = {"parallel": _at_once, "rows": _by_rows}.get(method)
+    if form is not None:
+        return jax.checkpoint(lambda grid: form(grid, orientations))(grid)
+    return _by_platform(grid, orientations)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by_platform(grid: _Grid, orientations: tuple[int, ...]) -> Array:
+    return lax.platform_dependent(
+        grid,
+        cpu=functools.partial(_by_rows, orientations=orientations),
+        default=functools.partial(_at_once, orientations=orientations),
+    )
+
+
+def _platform_forward(grid, orientations):  # type: ignore[no-untyped-def]
+    return _by_platform(grid, orientations), grid
+
+
+def _platform_backward(orientations, grid, dy):  # type: ignore[no-untyped-def]
+    def gradient(form):  # type: ignore[no-untyped-def]
+        def of(grid, dy):  # type: ignore[no-untyped-def]
+            return jax.vjp(functools.partial(form, orientations=orientations), grid)[1](dy)
+
+        return of
+
+    return lax.platform_dependent(grid, dy, cpu=gradient(_by_rows), default=gradient(_at_once))
+
+
+_by_platform.defvjp(_platform_forward, _platform_backward)
+
+
+def _at_once(grid: _Grid, orientations: tuple[int, ...]) -> Array:
+    """By one gating tensor."""
     x, y = grid.q.shape[:2]
-
-    @jax.checkpoint
-    def run(grid: _Grid) -> Array:
-        q, k, v = (jnp.moveaxis(z.reshape(x * y, *z.shape[2:]), 0, 2) for z in grid[:3])
-        return gating.gated(q, k, v, _gating(grid, orientations))
-
-    out = jnp.moveaxis(run(grid), 2, 0)
+    q, k, v = (_all_nodes(z) for z in grid[:3])
+    out = jnp.moveaxis(gating.gated(q, k, v, _gating(grid, orientations)), 2, 0)
     return out.reshape(x, y, *out.shape[1:])
+
+
+def _all_nodes(z: Array) -> Array:
+    """(x y b h ...) to (b h x*y ...)."""
+    return jnp.moveaxis(z.reshape(-1, *z.shape[2:]), 0, 2)
 
 
 def _gating(grid: _Grid, orientations: tuple[int, ...]) -> Array:
@@ -227,16 +265,65 @@ def _gating(grid: _Grid, orientations: tuple[int, ...]) -> Array:
     Each row of nodes along y is a node of a network along x. Orientations that run towards larger
     x pass it onward, the others back, and G is made once, of all of them.
     """
+    onward, back, direct = _networks(grid, orientations, loop=False)
+    return gating.merged(Nodes(onward, back, direct)).gating[0]
+
+
+def _networks(
+    grid: _Grid, orientations: tuple[int, ...], *, loop: bool
+) -> tuple[Flow | None, Flow | None, Array]:
+    """The networks along x in both directions, whose nodes are rows; and how outputs of a row weigh
+    its own inputs, in all orientations together, (x b h y*m y*s).
+    """
     flows: list[Flow | None] = [None, None]
-    direct = _on_diagonal(jnp.moveaxis(grid.direct, 1, 3))
+    direct = _on_diagonal(jnp.moveaxis(_merged_axes(grid.direct, 2, 2), 1, 2))
+    direct = direct.reshape(direct.shape[0], *grid.direct.shape[2:4], *direct.shape[2:])
     for back in (0, 1):
         which = [i for i, o in enumerate(orientations) if o & 1 == back]
         if which:
             gates = jax.tree.map(lambda z, which=which: _some(z, which), grid.gates)
-            rows = _rows(gates, [bool(orientations[i] & 2) for i in which])
+            flip = [bool(orientations[i] & 2) for i in which]
+            rows = _rows(gates, flip, loop=loop)
             flows[back] = rows.flow
             direct = direct + jnp.sum(rows.gating, axis=3)
-    return gating.merged(Nodes(flows[0], flows[1], direct)).gating[0]
+    return flows[0], flows[1], direct
+
+
+def _by_rows(grid: _Grid, orientations: tuple[int, ...]) -> Array:
+    """One row after the other, in each direction along x.
+
+    Instead of states the loop carries what each input so far has become where it leaves the last
+    row, for all inputs at once; so a row costs two products, and nothing is merged.
+    """
+    x = grid.q.shape[0]
+    *flows, own = _networks(grid, orientations, loop=True)
+    k, v = _all_nodes(grid.k), _all_nodes(grid.v)
+    q = jnp.moveaxis(grid.q, 1, 3)
+    out = jnp.zeros((), own.dtype)
+    for flow, reverse in zip(flows, (False, True), strict=True):
+        if flow is None:
+            continue
+
+        @jax.checkpoint
+        def step(reached: Array, row: tuple[Flow, Array, Array, Array]) -> tuple[Array, Array]:
+            flow, own, q, begin = row
+            weights = jnp.einsum("bhomr,bhors->bhms", flow.mark, reached, precision=gating.EXACT)
+            inside = lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights), own, begin, 3)
+            out = gating.gated(q, k, v, weights + inside)
+            reached = jnp.matmul(flow.transition, reached, precision=gating.EXACT)
+            return lax.dynamic_update_slice_in_dim(reached, flow.source, begin, 4), out
+
+        inputs = own.shape[-1]
+        start = jnp.zeros_like(flow.source, shape=(*flow.source.shape[1:-1], x * inputs))
+        rows = (flow, own, q, jnp.arange(x, dtype=jnp.int32) * inputs)
+        out = out + lax.scan(step, start, rows, reverse=reverse)[1]
+        own = jnp.zeros_like(own)  # the outputs of a row weigh its own inputs once
+    return jnp.moveaxis(out, 3, 1)
+
+
+def _merged_axes(z: Array, begin: int, count: int) -> Array:
+    """Makes one axis of several: XLA's sums on CPU fail in arrays of seven axes and more."""
+    return z.reshape(*z.shape[:begin], -1, *z.shape[begin + count :])
 
 
 def _some(z: Array, which: list[int]) -> Array:
@@ -253,15 +340,20 @@ class _Rows(NamedTuple):
     gating: Array  # (x b h o y*m y*s), without D
 
 
-def _rows(gates: GridGates, flip: Sequence[bool], *, border: bool = False) -> _Rows:
+def _rows(
+    gates: GridGates, flip: Sequence[bool], *, loop: bool = False, border: bool = False
+) -> _Rows:
     """The nodes that rows of nodes (x y b h o ...) make; `flip` says which of the o orientations
-    run towards smaller y.
+    run towards smaller y, and `loop` that products along a row are made one after the other.
 
     Within a row what goes down crosses the nodes between by the product of their T_du, and enters
     the network along x, or an output, where it arrives.
     """
-    gates = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 4), gates)
-    carried = _carried(_flipped(gates.transition_du, flip, -3))
+    lead = (gates.transition_du.shape[0], *gates.transition_du.shape[2:5])
+    several = lead[-1]
+    # From here on b, h and o are one axis.
+    gates = jax.tree.map(lambda z: _merged_axes(jnp.moveaxis(z, 1, 4), 1, 3), gates)
+    carried = _carried(_flipped(gates.transition_du, flip, -3), loop=loop)
     between = _flipped(_flipped(carried[..., :-1, 1:, :, :], flip, -3), flip, -4)
     to_r, to_out = gates.transition_ru, gates.mark_u
     of_l, of_in = gates.transition_dl, gates.source_d
@@ -271,10 +363,29 @@ def _rows(gates: GridGates, flip: Sequence[bool], *, border: bool = False) -> _R
         _crossed(gates.mark_l, to_out, between, of_l),
     )
     across = _crossed(None, to_out, between, of_in)
-    if not border:
-        return _Rows(flow, across)
-    entering = _flipped(carried[..., :-1, 0, :, :], flip, -3)
-    leaving = _flipped(carried[..., -1, 1:, :, :], flip, -3)
+    if border:
+        entering = _flipped(carried[..., :-1, 0, :, :], flip, -3)
+        leaving = _flipped(carried[..., -1, 1:, :, :], flip, -3)
+        flow, across = _with_border(
+            gates, flow, across, entering, leaving, carried[..., -1, 0, :, :]
+        )
+    assert several == len(flip)
+    return jax.tree.map(lambda z: z.reshape(*lead, *z.shape[2:]), _Rows(flow, across))
+
+
+def _with_border(
+    gates: GridGates, flow: Flow, across: Array, entering: Array, leaving: Array, through: Array
+) -> tuple[Flow, Array]:
+    """Rows with one more input, which enters along y, and one more output, which leaves so.
+
+    Args:
+      gates: of the rows' nodes.
+      flow: of rows without.
+      across: how their outputs weigh their own inputs.
+      entering: (... y j j), how what enters the row reaches each node.
+      leaving: (... y j j), how what leaves each node reaches the row's end.
+      through: (... j j), from one end to the other.
+    """
     batch, tracked = across.shape[:-2], entering.shape[-1]
 
     def arrived(reader: Array | None) -> Array:
@@ -292,35 +403,46 @@ def _rows(gates: GridGates, flip: Sequence[bool], *, border: bool = False) -> _R
         return jnp.moveaxis(z, -2, -3).reshape(*batch, tracked, -1)
 
     flow = flow._replace(
-        source=jnp.concatenate([flow.source, arrived(to_r)], axis=-1),
-        mark=jnp.concatenate([flow.mark, left(of_l)], axis=-2),
+        source=jnp.concatenate([flow.source, arrived(gates.transition_ru)], axis=-1),
+        mark=jnp.concatenate([flow.mark, left(gates.transition_dl)], axis=-2),
     )
-    of_nodes = jnp.concatenate([across, arrived(to_out)], axis=-1)
-    at_end = jnp.concatenate([left(of_in), carried[..., -1, 0, :, :]], axis=-1)
-    return _Rows(flow, jnp.concatenate([of_nodes, at_end], axis=-2))
+    of_nodes = jnp.concatenate([across, arrived(gates.mark_u)], axis=-1)
+    at_end = jnp.concatenate([left(gates.source_d), through], axis=-1)
+    return flow, jnp.concatenate([of_nodes, at_end], axis=-2)
 
 
-def _carried(step: Array) -> Array:
-    """Products of the T_du of nodes in a row, (... y+1 y+1 j j).
+def _carried(step: Array, *, loop: bool) -> Array:
+    """Products of the T_du (... y j j) of nodes in a row, (... y+1 y+1 j j).
 
     Entry (a, b) is what becomes, where a state enters node a, of one that entered node b; y stands
     for the end of the row. It is the identity for a = b, and zero for a < b.
     """
     count, tracked = step.shape[-3], step.shape[-1]
-    identity = jnp.eye(tracked, dtype=step.dtype)
+    identity = _padded_rank(jnp.eye(tracked, dtype=step.dtype), step.ndim)
+    if loop:
+        here = _padded_rank(jnp.eye(count + 1, dtype=bool)[..., None, None], step.ndim + 1)
+        here = jnp.moveaxis(jnp.broadcast_to(here, (*here.shape[:-2], 1, 1)), -4, 0)
+        start = jnp.where(here[0], identity, jnp.zeros((), step.dtype))
+        start = start + jnp.zeros_like(step[..., :1, :, :])
+
+        def body(row: Array, node: tuple[Array, Array]) -> tuple[Array, Array]:
+            by, here = node
+            row = jnp.where(here, identity, _after(row, by[..., None, :, :]))
+            return row, row
+
+        _, rows = lax.scan(body, start, (jnp.moveaxis(step, -3, 0), here[1:]))
+        return jnp.moveaxis(jnp.concatenate([start[None], rows]), 0, -4)
     behind = jnp.arange(count + 1)[:, None] - jnp.arange(count + 1)[None, :]
     behind = _padded_rank(behind[:, :, None, None], step.ndim + 1)
-    identity = _padded_rank(identity, step.ndim + 1)
     steps = jnp.concatenate([jnp.zeros_like(step[..., :1, :, :]), step], axis=-3)
-    factors = jnp.where(behind > 0, steps[..., :, None, :, :], identity)
-    if tracked == 1:
-        products = jnp.cumprod(factors, axis=-4)
-    else:
-        products = lax.associative_scan(_after, factors, axis=factors.ndim - 4)
+    factors = jnp.where(behind > 0, steps[..., :, None, :, :], identity[None])
+    products = lax.associative_scan(_after, factors, axis=factors.ndim - 4)
     return jnp.where(behind >= 0, products, jnp.zeros((), step.dtype))
 
 
 def _after(first: Array, second: Array) -> Array:
+    if first.shape[-1] == 1:
+        return second * first
     return jnp.matmul(second, first, precision=gating.EXACT)
 
 
@@ -355,12 +477,16 @@ def _padded_rank(x: Array, rank: int) -> Array:
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
-def _flipped(x: Array, flip: Sequence[bool], axis: int) -> Array:
-    """x (x b h o ...) with an axis turned round for those orientations that `flip` names."""
+def _flipped(z: Array, flip: Sequence[bool], axis: int) -> Array:
+    """z (x b*h*o ...) with an axis turned round for those orientations that `flip` names."""
     if len(set(flip)) == 1:
-        return jnp.flip(x, axis) if flip[0] else x
-    each = [jnp.flip(x[:, :, :, i], axis) if f else x[:, :, :, i] for i, f in enumerate(flip)]
-    return jnp.stack(each, axis=3)
+        return jnp.flip(z, axis) if flip[0] else z
+    apart = z.reshape(z.shape[0], -1, len(flip), *z.shape[2:])
+    each = [
+        jnp.flip(apart[:, :, i], axis) if turned else apart[:, :, i]
+        for i, turned in enumerate(flip)
+    ]
+    return jnp.stack(each, axis=2).reshape(z.shape)
 
 
 def _tiled(grid: _Grid, orientations: tuple[int, ...], tile: int) -> Array:
@@ -489,7 +615,8 @@ def _tile_node(gates: GridGates, direct: Array) -> tuple[GridGates, Array]:
 
     gates, direct = jax.tree.map(in_batch, (gates, direct))
     rows = _rows(jax.tree.map(lambda z: z[:, :, :, :, None], gates), [False], border=True)
-    own = _on_diagonal(jnp.moveaxis(direct, 1, 3))
+    own = _on_diagonal(jnp.moveaxis(_merged_axes(direct, 2, 2), 1, 2))
+    own = own.reshape(width, count * batch, heads, *own.shape[2:])
     own = jnp.pad(own, [(0, 0)] * 3 + [(0, tracked)] * 2)
     node = gating.merged(Nodes(rows.flow, None, rows.gating[:, :, :, 0] + own))
     assert node.onward is not None
