@@ -89,6 +89,52 @@ def dag_scan(q, k, v, s, t, m, d, tails, heads, origins, targets):
     return out
 
 
+def mark_scan(q, k, v, source, transition, mark, direct, state, reset):
+    """All with the axes j*; the state is (b h k v jt)."""
+    out = []
+    for t in range(q.shape[1]):
+        state = np.where(spread(reset[:, t], state), 0, state)
+        y = np.einsum("bhoqt,bhkvt,bhkq->bhvo", mark[:, t], state, q[:, t])
+        y += np.einsum("bhoqpj,bhkq,bhkp,bhvj->bhvo", direct[:, t], q[:, t], k[:, t], v[:, t])
+        out.append(y / q.shape[3] ** 0.5)
+        state = np.einsum("bhit,bhkvt->bhkvi", transition[:, t], state)
+        state = state + np.einsum("bhtpj,bhkp,bhvj->bhkvt", source[:, t], k[:, t], v[:, t])
+    return np.stack(out, axis=1), state
+
+
+def grid_scan(q, k, v, gates, direct, orientation=0):
+    """One orientation, all with the axes j*; gates is a dict by the names of `GridGates`."""
+    flips = tuple(axis for axis in (1, 2) if orientation >> (axis - 1) & 1)
+    q, k, v, direct = (np.flip(z, flips) for z in (q, k, v, direct))
+    gates = {name: np.flip(z, flips) for name, z in gates.items() if z is not None}
+    nothing = np.zeros_like(gates["transition_rl"])
+    batch, width, height, heads, keys, _ = q.shape
+    zero = np.zeros((batch, heads, keys, v.shape[4], nothing.shape[-1]), q.dtype)
+    right, down = {}, {}
+    y = np.zeros((*v.shape[:5], direct.shape[4]), q.dtype)
+    for i in range(width):
+        for j in range(height):
+            at = np.s_[:, i, j]
+            left, up = right.get((i - 1, j), zero), down.get((i, j - 1), zero)
+
+            def passed(name, state, at=at):
+                return np.einsum("bhit,bhkvt->bhkvi", gates.get(name, nothing)[at], state)
+
+            def written(name, at=at):
+                return np.einsum("bhtpj,bhkp,bhvj->bhkvt", gates[name][at], k[at], v[at])
+
+            def marked(name, state, at=at):
+                return np.einsum("bhoqt,bhkvt,bhkq->bhvo", gates[name][at], state, q[at])
+
+            right[i, j] = passed("transition_rl", left) + passed("transition_ru", up)
+            right[i, j] += written("source_r")
+            down[i, j] = passed("transition_du", up) + passed("transition_dl", left)
+            down[i, j] += written("source_d")
+            y[at] = marked("mark_l", left) + marked("mark_u", up)
+            y[at] += np.einsum("bhoqpj,bhkq,bhkp,bhvj->bhvo", direct[at], q[at], k[at], v[at])
+    return np.flip(y / keys**0.5, flips)
+
+
 def wkv(k, v, rate, bonus, a, b, reset):
     out = []
     for t in range(k.shape[1]):
@@ -562,6 +608,130 @@ def xlstm(params, tokens, reset, config):
         x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x, config.norm_epsilon))
     x = rms_norm(params["norm"], x, config.norm_epsilon)
     return soft_cap(x @ params["head"]["table"].T, config.logits_soft_cap)
+
+
+def head_map(params, x, reads=True):
+    """(... h sizes); head g*s + p reads part p of s."""
+    bias = params["bias"]
+    if "weight" not in params or not reads:
+        return np.broadcast_to(bias, x.shape[:-1] + bias.shape)
+    weight = params["weight"]
+    parts = np.split(x, weight.shape[1], axis=-1)
+    heads = [
+        np.tensordot(parts[p], weight[g, p], axes=(-1, -1))
+        for g in range(weight.shape[0])
+        for p in range(weight.shape[1])
+    ]
+    return np.stack(heads, axis=x.ndim - 1) + bias
+
+
+def gate(params, x):
+    return sigmoid(head_map(params["map"], x))
+
+
+def transition(params, x, factor=5.0, order=16):
+    """With tanh and the exponential."""
+    values = np.tanh(factor * head_map(params["eigenvalues"], x))
+    if values.shape[-1] == 1:
+        return values[..., None]
+
+    def orthogonal(name):
+        z = head_map(params[name], x)
+        skew = z - np.swapaxes(z, -1, -2)
+        term = np.broadcast_to(np.eye(z.shape[-1], dtype=z.dtype), z.shape)
+        total = term
+        for i in range(1, order):
+            term = skew @ term / z.dtype.type(i)
+            total = total + term
+        return total
+
+    return orthogonal("out") @ (values[..., None] * orthogonal("into"))
+
+
+def projection(params, x, heads):
+    """(... h k j); with more parts than heads, several make one head's channels."""
+    weight, bias = params["weight"], params["bias"]
+    parts = np.split(x, weight.shape[3], axis=-1)
+    made = [
+        np.tensordot(parts[p], weight[g, :, :, p], axes=(-1, -1))
+        for g in range(weight.shape[0])
+        for p in range(weight.shape[3])
+    ]
+    flat = np.concatenate(made, axis=x.ndim - 1)
+    return flat.reshape(*x.shape[:-1], heads, -1, flat.shape[-1]) + bias
+
+
+def plstm_read(params, x, conv, config):
+    """q, k, v, D of the shared part."""
+    heads = config.heads
+    inputs = config.conv_inputs
+    read = [
+        projection(params[name], conv if letter in inputs else x, heads)
+        for name, letter in (("query", "Q"), ("key", "K"), ("value", "V"))
+    ]
+    return *read, gate(params["direct"], conv if "D" in inputs else x)
+
+
+def plstm_tail(params, y, skipped, config):
+    """Norm of each head, output projection, skip."""
+    grouped = y.reshape(*y.shape[:-3], config.heads, -1)
+    scale = params["norm"]["scale"].reshape(config.heads, -1)
+    y = rms_norm({"scale": scale}, grouped, config.norm_epsilon).reshape(*y.shape[:-3], -1)
+    y = linear(params["out"], y) if "out" in params else y
+    return y + params["skip"] * skipped if "skip" in params else y
+
+
+def plstm(params, x, window, memory, reset, config):
+    conv, window = causal_conv(x, params["conv"]["kernel"], params["conv"]["bias"], window, reset)
+    q, k, v, direct = plstm_read(params["shared"], x, conv, config)
+    gates = (
+        gate(params["source"], conv),
+        transition(params["transition"], conv),
+        gate(params["mark"], conv),
+    )
+    y, memory = mark_scan(q, k, v, *gates, direct, memory, reset)
+    return plstm_tail(params["shared"], y, conv, config), window, memory
+
+
+def plstm_lm(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens]
+    mixer, epsilon = config.block.mixer, config.norm.epsilon
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        window = np.zeros((len(x), mixer.conv_width - 1, mixer.width), x.dtype)
+        sizes = mixer.heads, mixer.key_width, mixer.value_width, mixer.jt
+        memory = np.zeros((len(x), *sizes), x.dtype)
+        up = linear(block["up"], rms_norm(block["norm"], x, epsilon))
+        y, *_ = plstm(block["mixer"], up[..., 0, :], window, memory, reset, mixer)
+        x = x + linear(block["down"], y * silu(up[..., 1, :]))
+    x = rms_norm(params["norm"], x, epsilon)
+    return soft_cap(x @ params["head"]["table"].T, config.logits_soft_cap)
+
+
+def plstm_grid(params, x, config):
+    """Fused, without a convolution, mode P; the heads' orientations are in a row."""
+    q, k, v, direct = plstm_read(params["shared"], x, x, config)
+    bias = params["angle"]["bias"]
+    read = head_map(params["angle"], x) - bias
+    angle = sigmoid(bias + x.dtype.type(config.angle_scale / config.width) * read)[..., None, None]
+    source = angle[..., None] * gate(params["source_r"], x)
+    turned = angle * transition(params["transition_r"], x)
+    mark = gate(params["mark_l"], x)
+    gates = {
+        "source_r": source,
+        "source_d": 1 - source,
+        "transition_rl": turned,
+        "transition_du": 1 - turned,
+        "transition_dl": 1 - turned,
+        "transition_ru": turned,
+        "mark_l": mark,
+        "mark_u": mark,
+    }
+    y = 0
+    for o in range(4):
+        of_one = {name: z[:, :, :, o::4] for name, z in gates.items()}
+        y = y + grid_scan(q, k, v, of_one, direct * x.dtype.type(o == 0), o)
+    return plstm_tail(params["shared"], y, x, config)
 
 
 def layer(stacked, i):

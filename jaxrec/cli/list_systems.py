@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from jaxrec import convert, models
+from jaxrec.convert.engine import DESCRIBED_BY
 
 EXPERIMENTS = {
     "graph_classifier": "experiments/plstm_graphs",
@@ -22,6 +23,8 @@ GOLDEN = {
     "mamba": "tests/golden/test_mamba.py",
     "mamba2": "tests/golden/test_mamba2.py",
     "pararnn": "tests/golden/test_pararnn_lm.py",
+    "plstm": "tests/golden/test_plstm.py",
+    "plstm_vision": "tests/golden/test_plstm.py",
     "prefix_linear": "tests/golden/test_prefix_linear_attention.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",
@@ -83,7 +86,7 @@ def systems() -> list[dict[str, Any]]:
                     "path": f"jaxrec.models.{module}:{name}",
                     "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
                     "golden": GOLDEN.get(module),
-                    "conversion": module in convert.SYSTEMS,
+                    "conversion": DESCRIBED_BY.get(module, module) in convert.SYSTEMS,
                     "experiment": EXPERIMENTS.get(module),
                 }
             )

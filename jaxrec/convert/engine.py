@@ -36,6 +36,8 @@ SYSTEMS = (
     "xlstm",
 )
 """Names of the systems that can be converted; each is a module beside this one."""
+DESCRIBED_BY = {"plstm_vision": "plstm", "plstm_gates": "plstm"}
+"""Modules whose configurations are in the table of another name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    table = find(system or type(model.config).__module__.rpartition(".")[2])
+    module = type(model.config).__module__.rpartition(".")[2]
+    table = find(system or DESCRIBED_BY.get(module, module))
     folder = Path(directory)
     there = [*folder.glob("*.safetensors*"), *folder.glob("config.json")]
     if there:

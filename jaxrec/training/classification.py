@@ -1,5 +1,5 @@
-"""Training a classifier of sequences that fit into memory, with its own learning rate for the
-state-space parameters.
+"""Training a classifier of sequences or images that fit into memory, with another learning rate for
+the state-space parameters.
 
 As S5 does (Smith et al. 2022, arXiv:2208.04933, appendix G.2.1): eigenvalues, time steps, input
 matrices and norms move at a rate of their own, usually smaller, and do not decay.
@@ -34,9 +34,9 @@ STATE_SPACE_PARAMETERS = (
 
 
 class Examples(NamedTuple):
-    """Sequences and their labels, in NumPy."""
+    """Sequences or images and their labels, in NumPy."""
 
-    inputs: np.ndarray  # float32 (b t inputs)
+    inputs: np.ndarray  # float32 (b t inputs), of images (b x y inputs)
     labels: np.ndarray  # int32 (b)
     lengths: np.ndarray | None = None  # int32 (b), valid steps; None: all
 
@@ -101,7 +101,8 @@ def train_classifier(
 
     Args:
       config: of the model, such as `SequenceClassifierConfig`; `build(rngs=)` gives a model that is
-        called as `model(inputs, lengths, key=key)` and returns logits (b classes).
+        called as `model(inputs, lengths, key=key)` and returns logits (b classes). `inputs` is its
+        number of features, and `axes`, if there is one, what an example has before them.
       data: examples to learn from and to hold out.
       settings: length of the run, seed, learning rates.
 
@@ -198,11 +199,15 @@ def _is_state_space(path: Any) -> bool:
 
 def _check(name: str, examples: Examples, config: Any) -> None:
     inputs, labels, lengths = examples
-    if inputs.ndim != 3 or inputs.shape[2] != config.inputs or labels.shape != inputs.shape[:1]:
+    axes = getattr(config, "axes", ("t",))
+    fits = inputs.ndim == len(axes) + 2 and inputs.shape[-1] == config.inputs
+    if not fits or labels.shape != inputs.shape[:1]:
         raise ValueError(
-            f"{name}: inputs must be (b t {config.inputs}) and labels (b), got {inputs.shape} and"
-            f" {labels.shape}."
+            f"{name}: inputs must be (b {' '.join(axes)} {config.inputs}) and labels (b), got"
+            f" {inputs.shape} and {labels.shape}."
         )
+    if lengths is not None and axes != ("t",):
+        raise ValueError(f"{name}: only sequences have lengths.")
     if not (labels.min() >= 0 and labels.max() < config.classes):
         raise ValueError(
             f"{name}: labels must lie in [0, {config.classes}), got {labels.min()} to"

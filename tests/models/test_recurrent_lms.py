@@ -16,6 +16,7 @@ from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.pararnn import ParaRNNLMConfig
+from jaxrec.models.plstm import lm_config
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
@@ -49,6 +50,7 @@ CONFIGS = [
     Mamba2Config(vocab_size=13, width=16, layers=2, heads=4, head_width=6, state_size=5),
     PARA_GRU,
     dataclasses.replace(PARA_GRU, cell="lstm"),
+    lm_config(vocab_size=13, width=8, layers=2, heads=2, context=32),
     PrefixLMConfig(
         vocab_size=13,
         width=16,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.ops.conv import causal_conv
+from jaxrec.ops.conv import causal_conv, causal_conv_2d
 
 conv = jax.jit(causal_conv)
 KERNEL = np.array([[100.0], [10.0], [1.0]], np.float32)  # oldest, middle, present
@@ -70,3 +70,19 @@ def test_shapes_that_do_not_fit_are_named(change):
     fits = {"kernel": KERNEL, "bias": BIAS, "state": column(8, 9), "reset": None}
     with pytest.raises(ValueError, match=r"causal_conv: x must be \(b t e\), kernel \(w e\)"):
         causal_conv(column(1, 2, 3, 4), **(fits | change))
+
+
+def test_on_a_grid_it_sees_what_comes_before_along_both_axes():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 3, 2)).astype(np.float32)
+    kernel, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 2, 2), (2,)))
+    want = np.broadcast_to(bias, x.shape).astype(np.float64)
+    for i, j, a, b in np.ndindex(4, 3, 3, 2):
+        if i >= a and j >= b:
+            want[:, i, j] += kernel[2 - a, 1 - b] * x[:, i - a, j - b]
+    np.testing.assert_allclose(jax.jit(causal_conv_2d)(x, kernel, bias), want, atol=1e-5)
+
+
+def test_on_a_grid_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"causal_conv_2d: x must be \(b x y e\)"):
+        causal_conv_2d(np.ones((1, 2, 2, 3)), np.ones((2, 2, 2)), np.ones(3))
