@@ -49,6 +49,9 @@ from jaxrec.ops.time import (
     MLSTMState,
     SLSTMState,
     WKVState,
+    dag,
+    dag_batch,
+    dag_scan,
     dense_scan,
     linear_scan,
     matrix_scan,
@@ -435,6 +438,47 @@ def matrix(
     kind = "no decay" if decay is None else f"decay of each {decay}"
     name = f"matrix_scan {rule} {kind}{' normalised' if normalise else ''} {method}"
     return Subject(name=name, inputs=inputs, start=start, run=run, loop=loop)
+
+
+def path(method: str) -> Subject:
+    """`dag_scan` on graphs that are one path, whose nodes are the steps; a reset cuts the path."""
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        x = {
+            name: draw(rng, (batch, time, 2, width))
+            for name, width in zip("qkv", (3, 3, 4), strict=True)
+        }
+        gates = {name: rng.uniform(-1, 1, (batch, time, 2)).astype(np.float32) for name in "stmd"}
+        return {}, x | gates
+
+    def graph(time: int) -> Any:
+        return dag(time, np.stack([np.arange(time - 1), np.arange(1, time)], axis=1))
+
+    def arguments(x: Any, reset: Any) -> tuple[Any, ...]:
+        """An edge has the source of the step it leaves, and all else of the one it enters."""
+        enters = 1 if reset is None else 1 - reset[..., None].astype(x["m"].dtype)
+        t, m = x["t"] * enters, x["m"] * enters
+        return x["q"], x["k"], x["v"], x["s"][:, :-1], t[:, 1:-1], m[:, 1:], x["d"]
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        batch, time = x["s"].shape[:2]
+        dags = dag_batch([graph(time)] * batch)
+        return dag_scan(*arguments(x, reset), dags, method=method), None
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        ends = graph(x["s"].shape[1])[1:3]
+        pairs = np.arange(max(len(ends[0]) - 1, 0)) + np.arange(2)[:, None]
+        rows = zip(*arguments(x, reset), strict=True)
+        return np.stack([references.dag_scan(*row, *ends, *pairs) for row in rows]), None
+
+    return Subject(
+        name=f"dag_scan {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: None,
+        run=run,
+        loop=loop,
+        keeps_state=False,
+    )
 
 
 def convolution() -> Subject:
@@ -955,6 +999,7 @@ SUBJECTS = [
     matrix("gated", "head", "chunkwise", normalise=0.1),
     matrix("gated", "key", "sequential"),
     matrix("delta", "head", "sequential"),
+    *(path(method) for method in ("states", "paths")),
     convolution(),
     attention("Attention", cached=False),
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),

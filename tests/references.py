@@ -55,6 +55,21 @@ def matrix_scan(q, k, v, g, beta, state, reset, epsilon=None):
     return y if epsilon is None else y[..., :-1] / (y[..., -1:] + epsilon), state
 
 
+def dag_scan(q, k, v, s, t, m, d, tails, heads, origins, targets):
+    """One graph whose edges come in an order that they can be computed in: q (nodes h k), s (edges
+    h), t (pairs h).
+    """
+    states = []
+    out = d[..., None] * np.sum(q * k, axis=-1, keepdims=True) * v
+    for edge, (tail, head) in enumerate(zip(tails, heads, strict=True)):
+        state = s[edge, :, None, None] * k[tail][..., None] * v[tail][..., None, :]
+        for pair in np.flatnonzero(targets == edge):
+            state = state + t[pair, :, None, None] * states[origins[pair]]
+        states.append(state)
+        out[head] += m[edge, :, None] * np.einsum("hkv,hk->hv", state, q[head])
+    return out
+
+
 def wkv(k, v, rate, bonus, a, b, reset):
     out = []
     for t in range(k.shape[1]):

@@ -8,8 +8,9 @@ from jax import Array, lax
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + epsilon) * scale (+ bias).
 
-    With `unit_offset` the parameter is the deviation of the scale from 1, and begins at 0. With
-    several groups the mean is over each of so many equal parts of the channels.
+    `scale=False` leaves the scale out. With `unit_offset` the parameter is the deviation of the
+    scale from 1, and begins at 0. With several groups the mean is over each of so many equal parts
+    of the channels.
 
     Zhang & Sennrich, Root mean square layer normalization (2019), arXiv:1910.07467.
     """
@@ -21,11 +22,13 @@ class RMSNorm(nnx.Module):
         epsilon: float = 1e-6,
         unit_offset: bool = False,
         groups: int = 1,
+        scale: bool = True,
         bias: bool = False,
     ):
         if width % groups:
             raise ValueError(f"RMSNorm: width {width} does not divide into {groups} groups.")
-        self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width), axes=(None,))
+        ones = jnp.zeros(width) if unit_offset else jnp.ones(width)
+        self.scale = nnx.Param(ones, axes=(None,)) if scale else None
         self.bias = nnx.Param(jnp.zeros(width), axes=(None,)) if bias else None
         self.epsilon = epsilon
         self.unit_offset = unit_offset
@@ -35,9 +38,10 @@ class RMSNorm(nnx.Module):
         """Normalises (... d) over d; returns x's dtype."""
         wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         normed = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        normed = normed.reshape(x.shape)
-        scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
-        y = normed.astype(x.dtype) * _spread(scale, x)
+        y = normed.reshape(x.shape).astype(x.dtype)
+        if self.scale is not None:
+            scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
+            y = y * _spread(scale, x)
         return y if self.bias is None else y + _spread(self.bias[...], x)
 
 

@@ -1,5 +1,7 @@
 """Recurrences in time."""
 
+from jaxrec.ops.time.dag_scan import dag_scan
+from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_of
 from jaxrec.ops.time.lti import (
     dense_scan,
     diagonal_kernel,
@@ -22,6 +24,12 @@ from jaxrec.ops.time.slstm import SLSTMState, slstm_scan, slstm_step
 from jaxrec.ops.time.wkv import WKVState, wkv
 
 __all__ = [
+    "Dag",
+    "DagBatch",
+    "DagShape",
+    "dag",
+    "dag_batch",
+    "dag_scan",
     "dense_scan",
     "diagonal_kernel",
     "diagonal_last_state",
@@ -33,6 +41,7 @@ __all__ = [
     "mlstm_scan",
     "running_max",
     "selective_scan",
+    "shape_of",
     "sharded_linear_scan",
     "sharded_running_max",
     "sharded_matrix_scan",
