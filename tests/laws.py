@@ -45,10 +45,12 @@ from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
+from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import (
     MLSTMState,
     SLSTMState,
     WKVState,
+    block_scan,
     dag,
     dag_batch,
     dag_scan,
@@ -259,6 +261,66 @@ def scan(method: str, dtype: Any = np.float32, *, reverse: bool = False) -> Subj
         loop=lambda params, x, h, reset: references.linear_scan(x["a"], x["b"], h, reset),
         bf16=None if dtype == np.complex64 else 1.0,
         log_trace=method == "associative",
+    )
+
+
+def blocks(method: str, size: int, *, reverse: bool = False) -> Subject:
+    """`block_scan` of `size` numbers in each of two channels; matrices of norm around 0.7."""
+
+    def mirrored(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.flip(leaf, 1), x) if reverse else x
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        a = draw(rng, (batch, time, size, size, 2)) * np.float32(0.35 * (2 / size) ** 0.5)
+        return {}, {"a": a, "b": draw(rng, (batch, time, size, 2))}
+
+    def run(params: Any, x: Any, h: Any, reset: Any) -> Any:
+        x, reset = mirrored(x), mirrored(reset)
+        y, last = block_scan(x["a"], x["b"], h, reverse=reverse, reset=reset, method=method)
+        return mirrored(y), last
+
+    return Subject(
+        name=f"block_scan {size} {method}{' reverse' if reverse else ''}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, size, 2), np.float32),
+        run=run,
+        loop=lambda params, x, h, reset: references.block_scan(x["a"], x["b"], h, reset),
+        log_trace=method == "associative",
+    )
+
+
+def newton(structure: str, method: str, **options: Any) -> Subject:
+    """`newton_scan` of a tanh cell whose 4 numbers mix in no, in pairs, or all; windows of 8."""
+    size = {"diagonal": 1, "block": 2, "dense": 4}[structure]
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        matrices = draw(rng, (size, size, 4 // size)) * np.float32(0.6 / size**0.5)
+        return matrices, draw(rng, (batch, time, size, 4 // size))
+
+    def step(matrices: Any, h: Any, x: Any) -> Any:
+        mixed = jnp.einsum("ijn,bjn->bin", matrices.astype(h.dtype), h)
+        return jnp.tanh(x.astype(h.dtype) + mixed)
+
+    def run(matrices: Any, x: Any, h: Any, reset: Any) -> Any:
+        y, _ = newton_scan(
+            step,
+            matrices,
+            x,
+            h,
+            jacobian=structure,
+            method=method,
+            reset=reset,
+            window=8,
+            **options,
+        )
+        return y, y[:, -1]
+
+    return Subject(
+        name=f"newton_scan {structure} {method}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, size, 4 // size), np.float32),
+        run=run,
+        loop=references.elman,
     )
 
 
@@ -988,6 +1050,18 @@ SUBJECTS = [
         for dtype in (np.float32, np.complex64)
         for reverse in (False, True)
     ),
+    *(
+        blocks(method, size, reverse=reverse)
+        for method, size, reverse in (
+            ("sequential", 2, False),
+            ("associative", 2, True),
+            ("chunked", 2, False),
+            ("chunked", 5, True),
+        )
+    ),
+    *(newton(structure, "newton") for structure in ("diagonal", "block", "dense")),
+    newton("block", "quasi_newton", tol=2.5e-7),
+    newton("dense", "sequential"),
     *(maximum(method) for method in ("sequential", "associative")),
     weighted_mean(),
     *(gated_memory(method) for method in ("sequential", "chunkwise")),

@@ -20,6 +20,25 @@ def linear_scan(a, b, h, reset):
     return np.stack(out, axis=1), h
 
 
+def block_scan(a, b, h, reset):
+    out = []
+    for t in range(b.shape[1]):
+        entering = np.where(spread(reset[:, t], h), 0, h)
+        h = np.einsum("bij...,bj...->bi...", a[:, t], entering) + b[:, t]
+        out.append(h)
+    return np.stack(out, axis=1), h
+
+
+def elman(matrices, x, h, reset):
+    """Matrices (m m n), x (b t m n)."""
+    out = []
+    for t in range(x.shape[1]):
+        h = np.where(spread(reset[:, t], h), 0, h)
+        h = np.tanh(x[:, t] + np.einsum("ijn,bjn->bin", matrices, h))
+        out.append(h)
+    return np.stack(out, axis=1), h
+
+
 def running_max(log_decay, x, m, reset):
     out = []
     for t in range(x.shape[1]):

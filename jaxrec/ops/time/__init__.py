@@ -1,5 +1,6 @@
 """Recurrences in time."""
 
+from jaxrec.ops.time.block import block_scan
 from jaxrec.ops.time.dag_scan import dag_scan
 from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_of
 from jaxrec.ops.time.lti import (
@@ -30,6 +31,7 @@ __all__ = [
     "dag",
     "dag_batch",
     "dag_scan",
+    "block_scan",
     "dense_scan",
     "diagonal_kernel",
     "diagonal_last_state",

@@ -1,0 +1,363 @@
+"""Any recurrence h_t = f(h_{t-1}, x_t), solved for all steps at once by Newton's method.
+
+Each iteration is a linear recurrence in time, so that this is a loop in depth over scans in time:
+
+    r = f(h_{t-1}) - h_t,   d_t = J_t d_{t-1} + r_t,   h <- h + d,   J_t = df/dh at h_{t-1}
+
+The gradient does not pass through the iteration: at the solution it is one linear recurrence
+backwards, l_t = g_t + J_{t+1}^T l_{t+1}, and one derivative of f at all steps along l. It is exact
+whatever the iteration has approximated.
+
+Lim et al., Parallelizing non-linear sequential models over the sequence length (2023),
+arXiv:2309.12252 (DEER); Danieli et al., ParaRNN (2025), arXiv:2510.21450; Gonzalez et al. (2024),
+arXiv:2407.19115 (quasi-DEER and ELK).
+"""
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jaxrec.ops.newton import structure as structures
+from jaxrec.ops.newton.adjoint import pull_back
+from jaxrec.ops.newton.iteration import Rules, iterate, step_by_step
+from jaxrec.ops.newton.line import Line
+from jaxrec.ops.newton.plan import Floats, NewtonInfo, Others, Plan, Split, windowed
+from jaxrec.ops.newton.structure import Kind, Step
+
+Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk"]
+
+DEFAULT_WINDOW = 1024
+SHORTEST_FOR_NEWTON = 256  # shorter sequences "auto" runs step by step on accelerators too
+ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
+SLOW_ITERATIONS = 64  # of methods that converge linearly
+
+
+def newton_scan(
+    step: Step,
+    params: Any,
+    x: Any,
+    h0: Array,
+    *,
+    jacobian: Kind | Step | None = None,
+    method: Method = "auto",
+    max_iters: int | None = None,
+    tol: float | None = None,
+    window: int | None = None,
+    reset: Array | None = None,
+    guess: Array | None = None,
+    relaxation: float = 1.0,
+    clip: float | None = None,
+    variance: float = 1e6,
+    safeguard: bool = True,
+    check: bool = True,
+    axis: str | None = None,
+) -> tuple[Array, NewtonInfo]:
+    """Runs h_t = step(params, h_{t-1}, x_t) over the time axis.
+
+    Args:
+      step: (params, h, x_t) -> h for h (b ...) and leaves of x_t (b ...); it keeps the shape of h
+        and its dtype, float32 (or float64), and treats batch elements apart. What does not depend
+        on h, such as a projection of the input, belongs into x, or it is computed in every
+        iteration.
+      params: pytree of arrays.
+      x: pytree of (b t ...), t >= 1.
+      h0: state before the first step, (b ...); computed with as float32 (float64 if it is that).
+      jacobian: which numbers of a state mix in a step. "diagonal": none; "block": groups, along the
+        first or the last axis of the state (up to 8), or else in 2 to 4 equal parts of its only
+        axis; "dense": all; None: the narrowest of these that fits. Or a function of the arguments
+        of `step` that gives the Jacobian, shaped as h if it is diagonal and otherwise (b m m ...),
+        where h is (b m ...) or packed so.
+      method: "sequential" is one step after another. "newton" converges quadratically;
+        "quasi_newton" leaves out what is off the diagonal, which costs less and converges linearly;
+        "elk" and "quasi_elk" damp both by a Kalman filter. "auto" is sequential on CPU and for
+        short sequences, otherwise Newton.
+      max_iters: most iterations for one window; None: 16, or 64 where convergence is linear.
+      tol: a step is settled when its residual is at most so much of the largest number of its
+        state, or of 1 if that is larger; None: four times the dtype's resolution.
+      window: so many steps are solved at once, windows one after another. It bounds the memory and
+        how far an iterate can stray. None: 1024, or all of a device's steps where time is spread.
+      reset: bool (b t). True: the state that enters this step is zero.
+      guess: where the iteration begins, (b t ...); None: step(params, 0, x_t).
+      relaxation: what part of each increment is taken.
+      clip: the Jacobian of the iteration, not that of the gradient, is cut to [-clip, clip], or
+        scaled down to this Frobenius norm.
+      variance: of the filter's observations in units of a step's noise, for "elk": smaller is more
+        damped.
+      safeguard: a window in which some step has not settled is run sequentially, and what settled
+        in it is kept. False: whatever the iteration has come to is returned.
+      check: tries the structure of the Jacobian on one step, see Raises.
+      axis: name of the mesh axis (`jax.set_mesh`) over which time is spread; its size divides t.
+        Each solve exchanges one map of each device.
+
+    Returns:
+      h (b t ...) in the dtype of the computation, and a `NewtonInfo`, through which no gradient
+      passes. Gradients reach params, x, h0 and what floats `step` closes over.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, a number is out of range, or the Jacobian is of
+        another structure than declared. That is tried along random directions with the actual
+        parameters and inputs; those that are being traced (inside of `jit`) are replaced by random
+        ones, at tracing, once. A step that cannot be run so is believed.
+    """
+    is_sharded = axis is not None
+    _check_numbers(method, max_iters, window, relaxation, clip, variance, axis)
+    h0 = h0.astype(jnp.float64 if h0.dtype == jnp.float64 else jnp.float32)
+    time = _check_arrays(x, h0, reset, guess)
+    if axis is not None:
+        _check_axis(axis, time)
+    epsilon = float(jnp.finfo(h0.dtype).eps)
+    if tol is not None and not epsilon <= tol < jnp.inf:
+        raise ValueError(
+            f"newton_scan: tol must be at least {epsilon:.2e}, the resolution of {h0.dtype}, got"
+            f" {tol}."
+        )
+    one = jax.tree.map(lambda leaf: leaf[:, 0], x)
+    new = jax.eval_shape(step, params, h0, one)
+    if getattr(new, "shape", None) != h0.shape or new.dtype != h0.dtype:
+        raise ValueError(
+            f"newton_scan: step must give a state like the one that it gets, {h0.dtype}"
+            f" {h0.shape}, got {new}."
+        )
+    params, step, analytic = _closed(step, jacobian, params, h0, one, is_sharded=is_sharded)
+    if analytic is None:
+        assert not callable(jacobian)
+        structure = structures.find(jacobian, step, params, h0, one, check=check)
+    else:
+        shape = jax.eval_shape(analytic, params, h0, one).shape
+        structure = structures.of_matrices(shape[1:], h0.shape[1:])
+        if check:
+            structures.check_analytic(analytic, structure, step, params, h0, one)
+    iterations = ITERATIONS.get(method, SLOW_ITERATIONS) if max_iters is None else max_iters
+    split, floats, others = Split.of(params, x)
+    plan = Plan(
+        step=step,
+        analytic=analytic,
+        structure=structure,
+        split=split,
+        method=method,
+        window=time if is_sharded else min(window or DEFAULT_WINDOW, time),
+        axis=axis,
+        rules=Rules(
+            max_iters=iterations,
+            tol=4 * epsilon if tol is None else float(tol),
+            only_diagonal=method in ("quasi_newton", "quasi_elk"),
+            variance=variance if method in ("elk", "quasi_elk") else None,
+            relaxation=relaxation,
+            clip=clip,
+            safeguard=safeguard,
+        ),
+    )
+    if guess is not None:
+        guess = lax.stop_gradient(guess.astype(h0.dtype))
+    with jax.named_scope("newton_scan"):
+        return _run(plan, floats, (*others, reset, guess), h0)
+
+
+def _check_numbers(
+    method: str,
+    max_iters: int | None,
+    window: int | None,
+    relaxation: float,
+    clip: float | None,
+    variance: float,
+    axis: str | None,
+) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"newton_scan: method must be one of {get_args(Method)}, got {method!r}.")
+    if window is not None and window < 1:
+        raise ValueError(f"newton_scan: window must be at least one step, got {window}.")
+    if max_iters is not None and max_iters < 0:
+        raise ValueError(f"newton_scan: max_iters must be >= 0, got {max_iters}.")
+    for name, value in (("relaxation", relaxation), ("clip", clip), ("variance", variance)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"newton_scan: {name} must be positive and finite, got {value}.")
+    if axis is not None and (window is not None or method in ("elk", "quasi_elk")):
+        raise ValueError(
+            "newton_scan: where time is spread over devices there are no windows, and no filter"
+            f" (elk); got axis={axis!r}, window={window}, method={method!r}."
+        )
+
+
+def _check_arrays(x: Any, h0: Array, reset: Array | None, guess: Array | None) -> int:
+    """Refuses what does not fit; returns the number of steps."""
+    leaves = jax.tree.leaves(x)
+    if not leaves or h0.ndim < 1 or any(leaf.ndim < 2 for leaf in leaves):
+        raise ValueError(
+            "newton_scan: x must be a pytree of at least one (b t ...) and h0 (b ...), got"
+            f" {[leaf.shape for leaf in leaves]} and {h0.shape}."
+        )
+    lengths = {leaf.shape[:2] for leaf in leaves}
+    batch, time = leaves[0].shape[:2]
+    if len(lengths) > 1 or batch != h0.shape[0] or time == 0:
+        raise ValueError(
+            "newton_scan: all of x must be (b t ...) with the b of h0 and one t >= 1, got"
+            f" {[leaf.shape for leaf in leaves]} and h0 {h0.shape}."
+        )
+    if reset is not None and (reset.shape != (batch, time) or reset.dtype != jnp.bool_):
+        raise ValueError(
+            f"newton_scan: reset must be bool (b t) = {(batch, time)}, got {reset.dtype}"
+            f" {reset.shape}."
+        )
+    wanted = (batch, time, *h0.shape[1:])
+    if guess is not None and guess.shape != wanted:
+        raise ValueError(f"newton_scan: guess must be (b t ...) = {wanted}, got {guess.shape}.")
+    return time
+
+
+def _check_axis(axis: str, time: int) -> None:
+    size = jax.sharding.get_abstract_mesh().shape.get(axis)
+    if size is None:
+        raise ValueError(f"newton_scan: the current mesh has no axis {axis!r} (jax.set_mesh).")
+    if time % size:
+        raise ValueError(f"newton_scan: {time} steps do not divide over {axis}={size} devices.")
+
+
+def _closed(
+    step: Step, jacobian: Any, params: Any, h0: Array, one: Any, *, is_sharded: bool
+) -> tuple[Any, Step, Step | None]:
+    """Step and Jacobian that take what they close over as further parameters.
+
+    Raises:
+      ValueError: they close over traced values where time is spread over devices.
+    """
+    analytic = jacobian if callable(jacobian) else None
+    closed_step, hoisted = jax.closure_convert(step, params, h0, one)
+    closed_jacobian: Any = None
+    constants: Any = []
+    if analytic is not None:
+        closed_jacobian, constants = jax.closure_convert(analytic, params, h0, one)
+    if is_sharded and (hoisted or constants):
+        raise ValueError(
+            "newton_scan: where time is spread over devices, step must not close over values that"
+            " are being traced; give them as params."
+        )
+
+    # A function that closes over nothing is called as it is: what `closure_convert` returns is
+    # bound to the mesh on which it was traced.
+    def run(params: Any, h: Array, x: Any) -> Array:
+        if not hoisted:
+            return step(params[0], h, x)
+        return closed_step(params[0], h, x, *params[1])
+
+    def matrices(params: Any, h: Array, x: Any) -> Array:
+        if not constants:
+            assert analytic is not None
+            return analytic(params[0], h, x)
+        return closed_jacobian(params[0], h, x, *params[2])
+
+    all_params = (params, tuple(hoisted), tuple(lax.stop_gradient(constants)))
+    return all_params, run, None if analytic is None else matrices
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(plan: Plan, floats: Floats, others: Others, h0: Array) -> tuple[Array, NewtonInfo]:
+    if plan.axis is None:
+        return _evaluate(plan, floats, others, h0, Line())
+    over_time, everywhere = plan.places()
+    outs = (over_time, jax.tree.map(lambda _: PartitionSpec(), NewtonInfo.exact()))
+    run = functools.partial(_evaluate, plan, line=Line(plan.axis))
+    return plan.on_devices(run, (*plan.specs(floats, others), everywhere), outs)(floats, others, h0)
+
+
+def _forward(plan: Plan, floats: Floats, others: Others, h0: Array) -> Any:
+    h, info = _run(plan, floats, others, h0)
+    return (h, info), (floats, others, h0, h)
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+    floats, others, h0, h = residuals
+    dh, _ = cotangents
+    if plan.axis is None:
+        dfloats, dh0 = pull_back(plan, floats, others, h0, h, dh, Line())
+        return dfloats, None, dh0
+    over_time, everywhere = plan.places()
+    specs = plan.specs(floats, others)
+    run = functools.partial(pull_back, plan, line=Line(plan.axis))
+    dfloats, dh0 = plan.on_devices(
+        run, (*specs, everywhere, over_time, over_time), (specs[0], everywhere)
+    )(floats, others, h0, h, dh)
+    return dfloats, None, dh0
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _evaluate(
+    plan: Plan, floats: Floats, others: Others, h0: Array, line: Line
+) -> tuple[Array, NewtonInfo]:
+    sequential = functools.partial(_sequential, plan, line=line)
+    newton = functools.partial(_newton, plan, line=line)
+    if plan.method == "auto":
+        time = jax.tree.leaves((floats[1], others[1]))[0].shape[1]
+        return lax.platform_dependent(
+            floats,
+            others,
+            h0,
+            cpu=sequential,
+            default=newton if time >= SHORTEST_FOR_NEWTON else sequential,
+        )
+    return (sequential if plan.method == "sequential" else newton)(floats, others, h0)
+
+
+def _sequential(
+    plan: Plan, floats: Floats, others: Others, h0: Array, *, line: Line
+) -> tuple[Array, NewtonInfo]:
+    params, x = plan.split.join(floats, others)
+    h = step_by_step(lambda h, x: plan.step(params, h, x), x, h0, others[2], line)
+    return h, NewtonInfo.exact()
+
+
+def _newton(
+    plan: Plan, floats: Floats, others: Others, h0: Array, *, line: Line
+) -> tuple[Array, NewtonInfo]:
+    params, x = plan.split.join(floats, others)
+    *_, reset, guess = others
+    structure = plan.structure
+    batch, time = jax.tree.leaves(x)[0].shape[:2]
+    if reset is None:
+        reset = jnp.zeros((batch, time), jnp.bool_)
+
+    def body(start: Array, inputs: Any) -> tuple[Array, Any]:
+        x, cut, guess, padding = inputs
+        padding = jnp.broadcast_to(padding, cut.shape)
+        function = plan.function(params, x)
+        if guess is None:
+            guess = function(jnp.zeros((*cut.shape, *structure.split(start).shape[1:]), h0.dtype))
+        else:
+            guess = structure.split(guess)
+        outcome = iterate(
+            function,
+            plan.matrices(params, x),
+            structure.split(start),
+            guess,
+            cut,
+            padding,
+            line,
+            plan.rules,
+        )
+        h, settled = structure.joined(outcome.h), outcome.settled
+        failed = line.any(~settled)
+        if plan.rules.safeguard:
+
+            def rescued(h: Array) -> Array:
+                exact = step_by_step(lambda h, x: plan.step(params, h, x), x, start, cut, line)
+                return jnp.where(settled.reshape(*cut.shape, *[1] * (h.ndim - 2)), h, exact)
+
+            h = lax.cond(failed, rescued, lambda h: h, h)
+        return h[:, -1], (h, outcome.iterations, outcome.residual, failed)
+
+    cut_up, put_together = windowed(time, plan.window)
+    inputs = (cut_up((x, reset, guess)), cut_up.padding())
+    (x, reset, guess), padding = inputs
+    _, (h, iterations, residual, failed) = lax.scan(body, h0, (x, reset, guess, padding))
+    info = NewtonInfo(
+        iterations=jnp.max(iterations),
+        residual=jnp.max(residual),
+        converged=~jnp.any(failed),
+        fallbacks=jnp.sum(failed, dtype=jnp.int32) if plan.rules.safeguard else jnp.int32(0),
+    )
+    return put_together(h), info
