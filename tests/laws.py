@@ -47,6 +47,7 @@ from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
 from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import (
+    GridGates,
     MLSTMState,
     SLSTMState,
     WKVState,
@@ -55,7 +56,9 @@ from jaxrec.ops.time import (
     dag_batch,
     dag_scan,
     dense_scan,
+    grid_scan,
     linear_scan,
+    mark_scan,
     matrix_scan,
     mlstm_scan,
     running_max,
@@ -540,6 +543,96 @@ def path(method: str) -> Subject:
         run=run,
         loop=loop,
         keeps_state=False,
+    )
+
+
+MARK_AXES = {"source": "tkv", "transition": "tt", "mark": "oqt", "direct": "oqkv"}
+
+
+def mark(method: str, **sizes: int) -> Subject:
+    """`mark_scan` in chunks of 4; `sizes` are those of state tracking, j*."""
+    tracked = dict.fromkeys("tkvoq", 1) | sizes
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        shape = (batch, time, 2)
+        x = {
+            "q": draw(rng, (*shape, 4, tracked["q"])),
+            "k": draw(rng, (*shape, 4, tracked["k"])),
+            "v": draw(rng, (*shape, 3, tracked["v"])),
+        }
+        for name, axes in MARK_AXES.items():
+            x[name] = draw(rng, shape + tuple(tracked[axis] for axis in axes))
+        x["transition"] *= np.float32(0.7 / tracked["t"])
+        return {}, x
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        # Gates are float32 whatever the activations are.
+        x = x | {name: x[name].astype(jnp.float32) for name in MARK_AXES}
+        return mark_scan(**x, state=state, reset=reset, chunk=4, method=method)
+
+    return Subject(
+        name=f"mark_scan {method} {''.join(sizes)}",
+        inputs=inputs,
+        start=lambda params, batch, time: np.zeros((batch, 2, 4, 3, tracked["t"]), np.float32),
+        run=run,
+        loop=lambda params, x, state, reset: references.mark_scan(**x, state=state, reset=reset),
+    )
+
+
+def grid(method: str, mode: str, tile: int | None = None, **sizes: int) -> Subject:
+    """`grid_scan` with rows as the steps in time, three nodes each, whose states do not come from
+    before a reset.
+
+    A tile of 4096 is the whole grid.
+    """
+    tracked = dict.fromkeys("tkvoq", 1) | sizes
+    axes = dict.fromkeys(GridGates._fields[:2], "tkv")
+    axes |= dict.fromkeys(GridGates._fields[2:6], "tt") | dict.fromkeys(
+        GridGates._fields[6:], "oqt"
+    )
+    absent = {"P": (), "L": ("transition_dl",), "R": ("transition_ru",)}[mode]
+    from_before = ("transition_rl", "transition_dl", "mark_l")
+
+    def inputs(rng: np.random.Generator, batch: int, time: int) -> Any:
+        shape = (batch, time, 3, 2)
+        x = {
+            "q": draw(rng, (*shape, 4, tracked["q"])),
+            "k": draw(rng, (*shape, 4, tracked["k"])),
+            "v": draw(rng, (*shape, 3, tracked["v"])),
+            "direct": draw(rng, shape + tuple(tracked[axis] for axis in "oqkv")),
+        }
+        for name in axes.keys() - set(absent):
+            x[name] = draw(rng, shape + tuple(tracked[axis] for axis in axes[name]))
+            if name.startswith("transition"):
+                x[name] *= np.float32(0.4 / tracked["t"])
+        return {}, x
+
+    def parts(np: Any, x: Any, reset: Any) -> tuple[Any, Any]:
+        gates = {name: x[name] for name in axes if name in x}
+        if reset is not None:
+            for name in gates.keys() & set(from_before):
+                begins = reset.reshape(*reset.shape, *(1 for _ in gates[name].shape[2:]))
+                gates[name] = np.where(begins, 0, gates[name])
+        return [x[name] for name in ("q", "k", "v")], gates
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        x = x | {n: x[n].astype(jnp.float32) for n in x.keys() & {*axes, "direct"}}
+        qkv, gates = parts(jnp, x, reset)
+        gates = GridGates(**(dict.fromkeys(absent) | gates))
+        return grid_scan(*qkv, gates, x["direct"], tile=tile, method=method), None
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        qkv, gates = parts(np, x, reset)
+        return references.grid_scan(*qkv, gates, x["direct"]), None
+
+    return Subject(
+        name=f"grid_scan {method} {mode} {tile} {''.join(sizes)}",
+        inputs=inputs,
+        start=lambda params, batch, time: None,
+        run=run,
+        loop=loop,
+        keeps_state=False,
+        log_trace=tile == 4096,
     )
 
 
@@ -1074,6 +1167,13 @@ SUBJECTS = [
     matrix("gated", "key", "sequential"),
     matrix("delta", "head", "sequential"),
     *(path(method) for method in ("states", "paths")),
+    mark("sequential"),
+    mark("chunkwise"),
+    mark("chunkwise", t=2, k=2, v=3, o=2, q=2),
+    grid("sequential", "P"),
+    grid("parallel", "P", tile=4096),
+    grid("parallel", "L", tile=4096, t=2, k=2, v=3, o=2, q=2),
+    grid("parallel", "R", tile=2),
     convolution(),
     attention("Attention", cached=False),
     attention("Attention grouped", cached=True, pairing="interleaved", kv_heads=2, qk_bias=True),

@@ -89,6 +89,52 @@ def dag_scan(q, k, v, s, t, m, d, tails, heads, origins, targets):
     return out
 
 
+def mark_scan(q, k, v, source, transition, mark, direct, state, reset):
+    """All with the axes j*; the state is (b h k v jt)."""
+    out = []
+    for t in range(q.shape[1]):
+        state = np.where(spread(reset[:, t], state), 0, state)
+        y = np.einsum("bhoqt,bhkvt,bhkq->bhvo", mark[:, t], state, q[:, t])
+        y += np.einsum("bhoqpj,bhkq,bhkp,bhvj->bhvo", direct[:, t], q[:, t], k[:, t], v[:, t])
+        out.append(y / q.shape[3] ** 0.5)
+        state = np.einsum("bhit,bhkvt->bhkvi", transition[:, t], state)
+        state = state + np.einsum("bhtpj,bhkp,bhvj->bhkvt", source[:, t], k[:, t], v[:, t])
+    return np.stack(out, axis=1), state
+
+
+def grid_scan(q, k, v, gates, direct, orientation=0):
+    """One orientation, all with the axes j*; gates is a dict by the names of `GridGates`."""
+    flips = tuple(axis for axis in (1, 2) if orientation >> (axis - 1) & 1)
+    q, k, v, direct = (np.flip(z, flips) for z in (q, k, v, direct))
+    gates = {name: np.flip(z, flips) for name, z in gates.items() if z is not None}
+    nothing = np.zeros_like(gates["transition_rl"])
+    batch, width, height, heads, keys, _ = q.shape
+    zero = np.zeros((batch, heads, keys, v.shape[4], nothing.shape[-1]), q.dtype)
+    right, down = {}, {}
+    y = np.zeros((*v.shape[:5], direct.shape[4]), q.dtype)
+    for i in range(width):
+        for j in range(height):
+            at = np.s_[:, i, j]
+            left, up = right.get((i - 1, j), zero), down.get((i, j - 1), zero)
+
+            def passed(name, state, at=at):
+                return np.einsum("bhit,bhkvt->bhkvi", gates.get(name, nothing)[at], state)
+
+            def written(name, at=at):
+                return np.einsum("bhtpj,bhkp,bhvj->bhkvt", gates[name][at], k[at], v[at])
+
+            def marked(name, state, at=at):
+                return np.einsum("bhoqt,bhkvt,bhkq->bhvo", gates[name][at], state, q[at])
+
+            right[i, j] = passed("transition_rl", left) + passed("transition_ru", up)
+            right[i, j] += written("source_r")
+            down[i, j] = passed("transition_du", up) + passed("transition_dl", left)
+            down[i, j] += written("source_d")
+            y[at] = marked("mark_l", left) + marked("mark_u", up)
+            y[at] += np.einsum("bhoqpj,bhkq,bhkp,bhvj->bhvo", direct[at], q[at], k[at], v[at])
+    return np.flip(y / keys**0.5, flips)
+
+
 def wkv(k, v, rate, bonus, a, b, reset):
     out = []
     for t in range(k.shape[1]):

@@ -66,3 +66,36 @@ def causal_conv(
         lags = jnp.arange(width - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((since[:, -1:] >= lags[None])[..., None], window, 0)
     return y.astype(x.dtype), window
+
+
+def causal_conv_2d(x: Array, kernel: Array, bias: Array) -> Array:
+    """Convolves each channel over the present node of a grid and those before it along both axes.
+
+        y_{i,j} = sum_{a,b} w_{a,b} x_{i-a,j-b} + bias,    zero outside the grid
+
+    Args:
+      x: input (b x y e).
+      kernel: (w v e); the last row and column weigh the present input, the first the oldest.
+      bias: (e).
+
+    Returns:
+      y (b x y e) in x's dtype.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if (x.ndim, kernel.ndim) != (4, 3) or {kernel.shape[2:], bias.shape} != {x.shape[3:]}:
+        raise ValueError(
+            "causal_conv_2d: x must be (b x y e), kernel (w v e) and bias (e), got"
+            f" {x.shape}, {kernel.shape} and {bias.shape}."
+        )
+    width, height = kernel.shape[:2]
+    with jax.numpy_dtype_promotion("standard"):  # the sum over taps is never below float32
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+    inputs = jnp.pad(x, [(0, 0), (width - 1, 0), (height - 1, 0), (0, 0)])
+    y = jnp.broadcast_to(bias.astype(wide), x.shape)
+    for i in range(width):
+        for j in range(height):
+            past = inputs[:, i : i + x.shape[1], j : j + x.shape[2]]
+            y = y + past.astype(wide) * kernel[None, None, None, i, j].astype(wide)
+    return y.astype(x.dtype)

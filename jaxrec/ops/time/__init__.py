@@ -3,6 +3,7 @@
 from jaxrec.ops.time.block import block_scan
 from jaxrec.ops.time.dag_scan import dag_scan
 from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_of
+from jaxrec.ops.time.grid_scan import GridGates, gating_tensor, grid_scan
 from jaxrec.ops.time.lti import (
     dense_scan,
     diagonal_kernel,
@@ -10,6 +11,7 @@ from jaxrec.ops.time.lti import (
     fft_conv,
     krylov,
 )
+from jaxrec.ops.time.mark_scan import mark_scan
 from jaxrec.ops.time.matrix_scan import matrix_scan
 from jaxrec.ops.time.mlstm import MLSTMState, mlstm_scan
 from jaxrec.ops.time.running_max import running_max
@@ -36,8 +38,12 @@ __all__ = [
     "diagonal_kernel",
     "diagonal_last_state",
     "fft_conv",
+    "gating_tensor",
+    "grid_scan",
+    "GridGates",
     "krylov",
     "linear_scan",
+    "mark_scan",
     "matrix_scan",
     "MLSTMState",
     "mlstm_scan",
