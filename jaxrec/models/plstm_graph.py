@@ -51,7 +51,7 @@ class GraphInputs(NamedTuple):
     """A batch of graphs, in NumPy as it is made."""
 
     nodes: Array  # (b nodes features) float32, zero at padding
-    p: DagBatch  # (2 b ...): forward and turned round
+    p: DagBatch  # (b 2 ...): forward and turned round
     d: DagBatch
     edges: Array | None = None  # (b edges features) float32, in the order of the lists of edges
 
@@ -120,7 +120,7 @@ def graph_inputs(
             dag_batch([(order.p if mode == "P" else order.d)[way] for order in orders], shape)
             for way in (0, 1)
         ]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *ways)
+        return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *ways)
 
     leaves: list[Any] = [padded(features, shapes.p.nodes), both("P", shapes.p), both("D", shapes.d)]
     leaves.append(None if edges is None else padded(edges, shapes.p.edges))
@@ -223,7 +223,7 @@ class GraphClassifier(nnx.Module):
 
     def __call__(self, inputs: GraphInputs) -> Array:
         """Scores the classes of a batch from `graph_inputs`: logits (b classes), float32."""
-        forward = jax.tree.map(lambda leaf: leaf[0], inputs.p)
+        forward = jax.tree.map(lambda leaf: leaf[:, 0], inputs.p)
         nodes = inputs.nodes.shape[1]
         is_edge = forward.is_edge.astype(jnp.float32)
         neighbours = sum_at(forward.tails, is_edge, nodes) + sum_at(forward.heads, is_edge, nodes)
@@ -245,7 +245,7 @@ class GraphClassifier(nnx.Module):
         def body(x: Array, inner: tuple[GraphLayer, Array]) -> tuple[Array, None]:
             layer, way = inner
             for block, both_ways in ((layer.p, inputs.p), (layer.d, inputs.d)):
-                dags = jax.tree.map(lambda leaf: leaf[way], both_ways)
+                dags = jax.tree.map(lambda leaf: leaf[:, way], both_ways)
                 x = block(x, dags, features_of_edges(dags))
             return x, None
 

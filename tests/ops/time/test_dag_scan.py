@@ -143,8 +143,8 @@ def test_the_trace_does_not_grow_with_the_graphs():
     assert equations(8) == equations(11)
 
 
-def test_auto_takes_the_method_with_the_smaller_rows():
-    for nodes, method in ((9, "paths"), (14, "states")):
+def test_auto_finds_paths_where_graphs_are_smaller_than_states():
+    for nodes, method in ((6, "paths"), (7, "states")):
         batch = dag_batch(graphs("P", (nodes,)))
         args = arguments(batch)
         auto, named = (dag_scan(*args, batch, method=m) for m in ("auto", method))
