@@ -19,6 +19,7 @@ GOLDEN = {
     "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",
     "mamba2": "tests/golden/test_mamba2.py",
+    "pararnn": "tests/golden/test_pararnn_lm.py",
     "prefix_linear": "tests/golden/test_prefix_linear_attention.py",
     "recurrentgemma": "tests/golden/test_recurrentgemma.py",
     "sequence_classifier": "tests/golden/test_s5.py",

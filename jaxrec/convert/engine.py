@@ -22,7 +22,18 @@ from flax import nnx
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
-SYSTEMS = ("huginn", "mamba", "mamba2", "plstm_graph", "recurrentgemma", "rwkv", "s5", "xlstm")
+SYSTEMS = (
+    "deer_elk",
+    "huginn",
+    "mamba",
+    "mamba2",
+    "pararnn",
+    "plstm_graph",
+    "recurrentgemma",
+    "rwkv",
+    "s5",
+    "xlstm",
+)
 """Names of the systems that can be converted; each is a module beside this one."""
 
 

@@ -9,7 +9,31 @@ from jax import Array
 
 from jaxrec.errors import nearest
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"]
+Activation = Literal[
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "tanh",
+    "sigmoid",
+    "identity",
+    "leaky_relu",
+    "selu",
+    "elu",
+    "softplus",
+    "exp",
+    "half_sigmoid",
+]
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _half_sigmoid(x: Array) -> Array:
+    """A gate that at most half opens."""
+    return 0.5 * jax.nn.sigmoid(x)
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -18,6 +42,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "tanh": jax.numpy.tanh,
     "sigmoid": jax.nn.sigmoid,
+    "identity": _identity,
+    "leaky_relu": jax.nn.leaky_relu,  # 0.01 x below zero
+    "selu": jax.nn.selu,
+    "elu": jax.nn.elu,
+    "softplus": jax.nn.softplus,
+    "exp": jax.numpy.exp,
+    "half_sigmoid": _half_sigmoid,
 }
 
 

@@ -1,6 +1,7 @@
 """Recurrent cells whose gates read the state, so that their steps run one after another."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,11 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from jaxrec.layers.linear import Linear, truncated_normal
+from jaxrec.config import at_least, one_of
+from jaxrec.layers.linear import Linear, truncated_normal, uniform
+from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_over_time
+from jaxrec.ops import cells
+from jaxrec.ops.newton import NewtonInfo
 from jaxrec.ops.time.slstm import SLSTMState, slstm_scan
 
 
@@ -56,3 +61,133 @@ class SLSTM(nnx.Module):
         with jax.named_scope("slstm"):
             h, state = slstm_scan(self.input(x), self.recurrent[...], state, reset=reset)
             return h.reshape(*h.shape[:2], -1), state
+
+
+CellKind = Literal["elman", "gru", "lstm"]
+GATES = {"elman": 1, "gru": 3, "lstm": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """A cell whose state is mixed by a full matrix; sizes in channels."""
+
+    kind: CellKind
+    inputs: int
+    width: int  # of the state, or of each half of the LSTM's
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", tuple(GATES))
+        at_least(self, 1, "inputs", "width")
+
+    def build(self, *, rngs: nnx.Rngs) -> "Cell":
+        """A freshly initialised layer."""
+        return Cell(self, rngs=rngs)
+
+
+class Cell(nnx.Module):
+    """The classical cells, h_t = cell(h_{t-1}, W x_t + b): see `ops.cells`.
+
+    The weights begin uniform between -1 / sqrt(width) and its opposite, as PyTorch's do.
+    """
+
+    def __init__(self, config: CellConfig, *, solver: Solver = WHAT_PAYS, rngs: nnx.Rngs):
+        d, gates = config.width, GATES[config.kind]
+        self.config, self.solver = config, solver
+        init = uniform(d**-0.5)
+        self.input = Linear(
+            config.inputs,
+            (gates, d),
+            init=init,
+            axes=("embed", None, "mlp"),
+            bias=True,
+            bias_init=init,
+            rngs=rngs,
+        )
+        recurrent = init(rngs.params(), (d, gates, d), jnp.float32)
+        self.recurrent = nnx.Param(recurrent, axes=(None, None, "mlp"))
+        self.candidate_bias = (
+            nnx.Param(init(rngs.params(), (d,), jnp.float32), axes=("mlp",))
+            if config.kind == "gru"
+            else None
+        )
+        self.peephole = (
+            nnx.Param(init(rngs.params(), (3, d), jnp.float32), axes=(None, "mlp"))
+            if config.kind == "lstm"
+            else None
+        )
+
+    def init_state(self, batch: int) -> Array:
+        """Zero state, float32: (b d), or (b 2 d) with c before h."""
+        d = self.config.width
+        return jnp.zeros((batch, 2, d) if self.config.kind == "lstm" else (batch, d))
+
+    def solve(
+        self, u: Array, state: Array, *, reset: Array | None = None
+    ) -> tuple[Array, NewtonInfo]:
+        """All states (b t d) or (b t 2 d) for the gates' inputs (b t g d), and how they came."""
+        recurrent = self.recurrent[...].astype(jnp.float32)
+        step: Any = cells.elman
+        params: Any = recurrent[:, 0]
+        if self.candidate_bias is not None:
+            step = cells.gru
+            params = cells.GRUParams(recurrent, self.candidate_bias[...].astype(jnp.float32))
+        elif self.peephole is not None:
+            step = cells.lstm
+            params = cells.LSTMParams(recurrent, self.peephole[...].astype(jnp.float32))
+        else:
+            u = u[:, :, 0]
+        return newton_over_time(
+            step,
+            params,
+            u.astype(jnp.float32),
+            state,
+            jacobian="dense",
+            reset=reset,
+            solver=self.solver,
+        )
+
+    def __call__(
+        self, x: Array, state: Array, *, reset: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Maps x (b t i) to h (b t d) in x's dtype; `reset` bool (b t), True where a document
+        begins.
+        """
+        with jax.named_scope(self.config.kind):
+            states, _ = self.solve(self.input(x), state, reset=reset)
+            h = states[:, :, 1] if self.config.kind == "lstm" else states
+            return h.astype(x.dtype), states[:, -1]
+
+
+class Bidirectional(nnx.Module):
+    """Two layers side by side, the second of which reads the sequence from its end.
+
+    Schuster & Paliwal, Bidirectional recurrent neural networks (1997).
+    """
+
+    def __init__(self, forward: Any, backward: Any):
+        self.forward, self.backward = forward, backward
+
+    def init_state(self, batch: int) -> None:
+        """Refuses.
+
+        Raises:
+          ValueError: always; there is no state to stream from.
+        """
+        raise ValueError(
+            "Bidirectional: it needs the whole sequence at once and has no state to stream from."
+        )
+
+    def __call__(
+        self, x: Array, state: None = None, *, reset: Array | None = None
+    ) -> tuple[Array, None]:
+        """Maps x (b t i) to both layers' outputs (b t 2d), the forward one first; no document that
+        begins at a True of `reset`, bool (b t), sees another in either direction.
+        """
+        batch = x.shape[0]
+        ends = None
+        if reset is not None:
+            # Seen from the end, the step before a document's first belongs to another one.
+            ends = jnp.flip(jnp.pad(reset[:, 1:], [(0, 0), (0, 1)]), 1)
+        left, _ = self.forward(x, self.forward.init_state(batch), reset=reset)
+        right, _ = self.backward(jnp.flip(x, 1), self.backward.init_state(batch), reset=ends)
+        return jnp.concatenate([left, jnp.flip(right, 1)], axis=-1), None

@@ -1,11 +1,17 @@
 """Scans as layers call them: over all devices among which time is split."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax import Array
 
+from jaxrec.config import at_least
 from jaxrec.layers.axes import time_axis
+from jaxrec.ops.newton import NewtonInfo, newton_scan
+from jaxrec.ops.newton.scan import Method as NewtonMethod
+from jaxrec.ops.newton.structure import Kind, Step
 from jaxrec.ops.time import (
     MLSTMState,
     linear_scan,
@@ -115,6 +121,47 @@ def mlstm_over_time(
     axis = _axis(q.shape[1])
     return mlstm_scan(
         q, k, v, input_gate, log_forget, state, reset=reset, chunk=chunk, eps=eps, axis=axis
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """How a nonlinear recurrence is run, see `newton_scan`; the results are the same."""
+
+    method: NewtonMethod = "auto"
+    max_iters: int | None = None
+    tol: float | None = None
+    window: int | None = None  # steps that are solved at once; not where time is spread
+
+    def __post_init__(self) -> None:
+        for field in ("max_iters", "window"):
+            if getattr(self, field) is not None:
+                at_least(self, 1, field)
+
+
+WHAT_PAYS = Solver()
+"""One step after another on CPU, Newton's method elsewhere."""
+
+
+def newton_over_time(
+    step: Step,
+    params: Any,
+    x: Any,
+    h0: Array,
+    *,
+    jacobian: Kind | Step | None,
+    reset: Array | None = None,
+    solver: Solver,
+) -> tuple[Array, NewtonInfo]:
+    """`newton_scan` of a cell that is known to have this Jacobian, over the devices among which the
+    mesh splits time into equal parts.
+    """
+    axis = _axis(jax.tree.leaves(x)[0].shape[1])
+    options = dataclasses.asdict(solver)
+    if axis is not None:
+        options["window"] = None
+    return newton_scan(
+        step, params, x, h0, jacobian=jacobian, reset=reset, check=False, axis=axis, **options
     )
 
 

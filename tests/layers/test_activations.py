@@ -16,8 +16,15 @@ def test_names_mean_what_they_say():
         ("relu", np.maximum(X, 0)),
         ("tanh", np.tanh(X)),
         ("sigmoid", references.sigmoid(X)),
+        ("identity", X),
+        ("leaky_relu", np.where(X > 0, X, 0.01 * X)),
+        ("selu", 1.0507009873554805 * np.where(X > 0, X, 1.6732632423543772 * np.expm1(X))),
+        ("elu", np.where(X > 0, X, np.expm1(X))),
+        ("softplus", np.log1p(np.exp(X))),
+        ("exp", np.exp(X)),
+        ("half_sigmoid", references.sigmoid(X) / 2),
     ):
-        np.testing.assert_allclose(activation(name)(X), want, atol=1e-6)
+        np.testing.assert_allclose(activation(name)(X), want, atol=1e-6, rtol=1e-6)
     # x Phi(x), with Phi(1) = 0.8413447; the tanh form differs by 1.5e-4.
     assert activation("gelu")(np.float32(1)) == pytest.approx(0.8413447, abs=1e-6)
 

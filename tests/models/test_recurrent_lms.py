@@ -15,6 +15,7 @@ from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rwkv import RWKVConfig
@@ -36,6 +37,7 @@ LINEAR_ATTENTION = LinearAttentionConfig(
 )
 RETNET = {"gate": "constant", "rotary_base": 100.0}
 GATED_DELTANET = {"rule": "delta", "gate": "step", "conv_width": 4}
+PARA_GRU = ParaRNNLMConfig(vocab_size=13, width=16, layers=2, heads=2, mlp_width=24)
 CONFIGS = [
     dataclasses.replace(LINEAR_ATTENTION, **RETNET),
     dataclasses.replace(LINEAR_ATTENTION, gate="logistic", gate_rank=3),
@@ -45,6 +47,8 @@ CONFIGS = [
     ),
     MambaConfig(vocab_size=13, width=16, layers=2, inner_width=24, step_rank=3, state_size=4),
     Mamba2Config(vocab_size=13, width=16, layers=2, heads=4, head_width=6, state_size=5),
+    PARA_GRU,
+    dataclasses.replace(PARA_GRU, cell="lstm"),
     PrefixLMConfig(
         vocab_size=13,
         width=16,
@@ -82,7 +86,7 @@ TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11), dtype=np.int32)
 
 
 def named(config):
-    kind = [getattr(config, field) for field in ("rule", "gate") if hasattr(config, field)]
+    kind = [getattr(config, field) for field in ("rule", "gate", "cell") if hasattr(config, field)]
     return " ".join([type(config).__name__, *kind])
 
 
