@@ -28,6 +28,7 @@ SYSTEMS = (
     "mamba",
     "mamba2",
     "pararnn",
+    "plstm",
     "plstm_graph",
     "recurrentgemma",
     "rwkv",

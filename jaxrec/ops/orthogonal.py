@@ -83,7 +83,7 @@ def _bounded_forward(z, iterations, singular):  # type: ignore[no-untyped-def]
     measured = jnp.matmul(z, jnp.swapaxes(z, -1, -2)) if singular else z
     size, vector = _largest_eigenvalue(measured, iterations)
     size = jnp.sqrt(size) if singular else size
-    change = jnp.abs(measured - jnp.eye(z.shape[-1], dtype=z.dtype))
+    change = jnp.abs(measured - jnp.broadcast_to(jnp.eye(z.shape[-1], dtype=z.dtype), z.shape))
     kept = jnp.sum(change, axis=(-2, -1), keepdims=True) < SMALLEST_CHANGE
     return jnp.where(kept, z, z / size), (kept, size, vector)
 

@@ -75,11 +75,11 @@ class Case:
             np.testing.assert_array_equal(got, expected, err_msg=name)
             return
         largest = np.max(np.abs(expected), initial=0)
-        stated = self.gaps.get(name, self.gap)
-        if stated is None or gap_is_of_others:
+        stated = [gap for gap in (self.gap, self.gaps.get(name)) if gap is not None]
+        if not stated or gap_is_of_others:
             allowed = ROUNDED_RELATIVE_ERROR * largest
         else:
-            gap = max(stated, self.relative_gap * largest)
+            gap = max(*stated, self.relative_gap * largest)
             allowed = min(10 * gap, LARGEST_RELATIVE_ERROR * largest)
         assert_close(got, expected, atol=allowed, name=name)
 
@@ -162,12 +162,17 @@ def _stated_gap(readme: str) -> float | None:
 
 
 def _stated_gaps_of_arrays(readme: str) -> dict[str, float]:
-    """Gaps that the README states array by array: in a list below a line on float32 and float64, or
-    behind the name of one.
+    """Gaps that the README states array by array: in a list below a line on float32 and float64,
+    behind the name of one, or in a list of the output and of gradients of weights,
+    `- grad key.weight: 1.2e-06, ...`.
     """
     _, _, listed = readme.partition("own float32 and float64 results (max abs):")
     found = re.findall(r"^- (\w+): ([\d.]+e[-+]\d+)$", listed, re.MULTILINE)
     found += re.findall(r"float32 vs float64: (\w+) ([\d.]+e[-+]\d+)", readme)
+    weights = re.findall(r"^- (out|grad)( [\w.]+)?: ([\d.]+e[-+]\d+), ", readme, re.MULTILINE)
+    found += [
+        (kind + name.replace(" ", "_").replace(".", "__"), gap) for kind, name, gap in weights
+    ]
     return {name: float(gap) for name, gap in found}
 
 
