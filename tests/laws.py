@@ -89,7 +89,6 @@ class Subject:
     log_trace: the trace may grow with log t.
     trained: has parameters, and keeps no cache: worth the compilation of a sharded gradient.
     keeps_state: False: start gives None.
-    module: made of ops, which are subjects too: fewer lengths and cuts, the rest as slow tests.
     composed: a whole model, whose layers are subjects too: most laws are slow tests for it.
     graded: has a gradient; False: no gradient passes, which its own tests check.
     """
@@ -104,7 +103,6 @@ class Subject:
     log_trace: bool = False
     trained: bool = False
     keeps_state: bool = True
-    module: bool = False
     composed: bool = False
     graded: bool = True
 
@@ -705,7 +703,6 @@ def module(
         inputs=lambda rng, batch, time: (parameters(rng), x(rng, batch, time)),
         start=lambda params, b, t: start(nnx.merge(built()[0], params), b, t),
         run=lambda params, x, state, reset: call(nnx.merge(built()[0], params), x, state, reset),
-        module=True,
         **fields,
     )
 
@@ -1245,15 +1242,15 @@ keeping_state = each(KEEPING_STATE)
 loops = pytest.mark.parametrize("loop", LOOPS, ids=str)
 
 
-def for_each(name: str, values: list[int], of: list[Subject], quick: int) -> pytest.MarkDecorator:
-    """Every subject with every value; for modules all but the first and `quick`, for whole models
-    all but `quick` are slow tests.
+def for_each(
+    name: str, values: list[int], of: list[Subject], quick: tuple[int, ...]
+) -> pytest.MarkDecorator:
+    """Every subject with every value; all but `quick` are slow tests, as each is a program to
+    compile, and for whole models all but the last of these.
     """
 
     def is_slow(subject: Subject, value: int) -> bool:
-        if subject.composed:
-            return value != quick
-        return subject.module and value not in (values[0], quick)
+        return value not in (quick[-1:] if subject.composed else quick)
 
     return pytest.mark.parametrize(
         ("subject", name),
@@ -1399,7 +1396,7 @@ def test_every_gradient_of_a_loop_equals_the_loops(loop, n):
 # 3. A sequence may be cut anywhere and continued from the state
 
 
-@for_each("cut", [1, 6, 11], KEEPING_STATE, quick=6)
+@for_each("cut", [1, 6, 11], KEEPING_STATE, quick=(6,))
 def test_a_sequence_may_be_cut_anywhere(subject, cut):
     params, x, state, _ = subject.case(3, 12)
     case = params, x, state, NO_RESET
@@ -1498,7 +1495,7 @@ def test_the_past_does_not_see_the_future(subject, now):
 # 7. Any length
 
 
-@for_each("time", [1, 2, 63, 100], SUBJECTS, quick=63)
+@for_each("time", [1, 2, 63, 100], SUBJECTS, quick=(1, 63))
 def test_any_length(subject, time):
     case = subject.case(3, time)
     check_equals_the_loop(subject, subject.jit(*case), case)
