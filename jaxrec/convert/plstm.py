@@ -101,8 +101,10 @@ def _read_config(data: Data) -> Config:
     if kind == "pLSTMVisionModel":
         return _read_vision(data)
     if kind in LAYER_CLASSES or kind in LAYER_CLASSES.values():
-        cls = PLSTMConfig if data.get("class_name") == "pLSTM1DLayer" else PLSTMGridConfig
-        return fields.build("plstm", cls, _read_layer("config.json", data))
+        layer = _read_layer("config.json", data)
+        if data.get("class_name") == "pLSTM1DLayer":
+            return fields.build("plstm", PLSTMConfig, layer)
+        return fields.build("plstm", PLSTMGridConfig, layer)
     if "transition_dim" in data:
         return _read_transition_layer(data)
     raise UserError(
@@ -209,9 +211,8 @@ def _norm_kind(where: str, name: str) -> str:
 def _read_conv(where: str, data: Data, *, on_grid: bool) -> dict[str, Any]:
     if not data.get("additional_convolution"):
         return {"conv_width": None}
-    conv = data.get("convolution")
     names = ("input_dim", "causal", "kernel_size", "pointwise", "bias")
-    _checked(where, conv, names, ("kernel_size",))
+    conv = _checked(where, data.get("convolution"), names, ("kernel_size",))
     # The original is causal and depthwise whatever the other fields say.
     taps = conv["kernel_size"]
     if on_grid and isinstance(taps, int):
@@ -607,8 +608,9 @@ def _layer_rules(theirs: str, ours: str, config: LayerConfig) -> list[Rule]:
             shape = (len(config.orientations), config.heads)
             angle = f"{theirs}orientation"
             rules.append(_reshaped(f"{angle}_bias", f"{ours}angle/bias", shape))
-            shape = (*shape, config.width)
-            rules.append(_reshaped(f"{angle}_weight", f"{ours}angle/weight", shape))
+            rules.append(
+                _reshaped(f"{angle}_weight", f"{ours}angle/weight", (*shape, config.width))
+            )
         else:
             transition("transition_rd", "transition_turn")
         conv = f"{theirs}convolution._conv"
