@@ -275,50 +275,72 @@ def _networks(
     """The networks along x in both directions, whose nodes are rows; and how outputs of a row weigh
     its own inputs, in all orientations together, (x b h y*m y*s).
     """
-    flows: list[Flow | None] = [None, None]
-    direct = _on_diagonal(jnp.moveaxis(_merged_axes(grid.direct, 2, 2), 1, 2))
-    direct = direct.reshape(direct.shape[0], *grid.direct.shape[2:4], *direct.shape[2:])
+    rows = _rows(grid.gates, [bool(o & 2) for o in orientations], loop=loop)
+    flows: list[Flow | None] = []
     for back in (0, 1):
         which = [i for i, o in enumerate(orientations) if o & 1 == back]
-        if which:
-            gates = jax.tree.map(lambda z, which=which: _some(z, which), grid.gates)
-            flip = [bool(orientations[i] & 2) for i in which]
-            rows = _rows(gates, flip, loop=loop)
-            flows[back] = rows.flow
-            direct = direct + jnp.sum(rows.gating, axis=3)
+        flows.append(
+            jax.tree.map(lambda z, which=which: _some(z, which), rows.flow) if which else None
+        )
+    direct = _on_diagonal(jnp.moveaxis(_merged_axes(grid.direct, 2, 2), 1, 2))
+    direct = direct.reshape(direct.shape[0], *grid.direct.shape[2:4], *direct.shape[2:])
+    direct = direct + jnp.sum(rows.gating, axis=3)
     return flows[0], flows[1], direct
 
 
 def _by_rows(grid: _Grid, orientations: tuple[int, ...]) -> Array:
-    """One row after the other, in each direction along x.
+    """One row after the other; orientations that run towards smaller x have a batch of their own,
+    which is turned round.
 
     Instead of states the loop carries what each input so far has become where it leaves the last
     row, for all inputs at once; so a row costs two products, and nothing is merged.
     """
     x = grid.q.shape[0]
     *flows, own = _networks(grid, orientations, loop=True)
-    k, v = _all_nodes(grid.k), _all_nodes(grid.v)
-    q = jnp.moveaxis(grid.q, 1, 3)
-    out = jnp.zeros((), own.dtype)
-    for flow, reverse in zip(flows, (False, True), strict=True):
-        if flow is None:
-            continue
+    turns = [bool(back) for back, flow in enumerate(flows) if flow is not None]
 
-        @jax.checkpoint
-        def step(reached: Array, row: tuple[Flow, Array, Array, Array]) -> tuple[Array, Array]:
-            flow, own, q, begin = row
-            weights = jnp.einsum("bhomr,bhors->bhms", flow.mark, reached, precision=gating.EXACT)
-            inside = lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights), own, begin, 3)
-            out = gating.gated(q, k, v, weights + inside)
-            reached = jnp.matmul(flow.transition, reached, precision=gating.EXACT)
-            return lax.dynamic_update_slice_in_dim(reached, flow.source, begin, 4), out
+    def turned(z: Array, axis: int) -> Array:
+        """z (x ...) as each direction meets it, side by side along the axis of the batch."""
+        return jnp.concatenate([jnp.flip(z, 0) if turn else z for turn in turns], axis)
 
-        inputs = own.shape[-1]
-        start = jnp.zeros_like(flow.source, shape=(*flow.source.shape[1:-1], x * inputs))
-        rows = (flow, own, q, jnp.arange(x, dtype=jnp.int32) * inputs)
-        out = out + lax.scan(step, start, rows, reverse=reverse)[1]
-        own = jnp.zeros_like(own)  # the outputs of a row weigh its own inputs once
-    return jnp.moveaxis(out, 3, 1)
+    k, v = (_all_nodes(turned(z, 2)) for z in (grid.k, grid.v))
+    q = jnp.moveaxis(turned(grid.q, 2), 1, 3)
+    flow = _side_by_side(*flows)
+    # The outputs of a row weigh its own inputs once, in the first direction.
+    own = jnp.flip(own, 0) if turns[0] else own
+    own = jnp.pad(own, [(0, 0), (0, flow.mark.shape[1] - own.shape[1])] + [(0, 0)] * 3)
+
+    @jax.checkpoint
+    def step(reached: Array, row: tuple[Flow, Array, Array, Array]) -> tuple[Array, Array]:
+        flow, own, q, begin = row
+        weights = jnp.einsum("bhomr,bhors->bhms", flow.mark, reached, precision=gating.EXACT)
+        inside = lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights), own, begin, 3)
+        out = gating.gated(q, k, v, weights + inside)
+        reached = jnp.matmul(flow.transition, reached, precision=gating.EXACT)
+        return lax.dynamic_update_slice_in_dim(reached, flow.source, begin, 4), out
+
+    inputs = own.shape[-1]
+    start = jnp.zeros_like(flow.source, shape=(*flow.source.shape[1:-1], x * inputs))
+    _, out = lax.scan(step, start, (flow, own, q, jnp.arange(x, dtype=jnp.int32) * inputs))
+    each = jnp.split(out, len(turns), axis=1)
+    each = [jnp.flip(z, 0) if turn else z for z, turn in zip(each, turns, strict=True)]
+    return jnp.moveaxis(functools.reduce(jnp.add, each), 3, 1)
+
+
+def _side_by_side(onward: Flow | None, back: Flow | None) -> Flow:
+    """Both along the axis of the batch, as if both ran onward; zeros where one has fewer
+    orientations.
+    """
+    flows = [] if onward is None else [onward]
+    if back is not None:
+        flows.append(jax.tree.map(lambda z: jnp.flip(z, 0), back))
+    count = max(flow.mark.shape[3] for flow in flows)
+
+    def joined(*parts: Array) -> Array:
+        fill = [[(0, 0)] * 3 + [(0, count - z.shape[3])] + [(0, 0)] * 2 for z in parts]
+        return jnp.concatenate([jnp.pad(z, f) for z, f in zip(parts, fill, strict=True)], axis=1)
+
+    return jax.tree.map(joined, *flows)
 
 
 def _merged_axes(z: Array, begin: int, count: int) -> Array:
