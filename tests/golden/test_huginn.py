@@ -13,17 +13,13 @@ from jaxrec.training.losses import cross_entropy
 from tests.golden.harness import cases, check_round_trip
 
 LEFT_TO_RECURRENT_DEPTH_INFERENCE = (
-    "strategy:",  # cache strategies for tokens of unequal depth
-    "strategy_decode_num_steps",
-    "exit:",  # adaptive exits
-    "exit_max_steps",
-    "greedy_tokens_zero_state_continuous_compute",
     "diffusion",  # parallel sampler
     "speculative_tokens",
 )
 
 
 FOLDERS = cases("huginn")
+GREEDY = generation.SamplingConfig(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +108,43 @@ def test_prefill_and_cached_decoding(case, model):
     case.check("cached_chunk_logits", decode([time - chunk, chunk])[:, -chunk:])
 
 
+def test_cache_strategies(case, model):
+    """Prefill at full depth, then tokens of unequal depths, whose slots are then missing."""
+    tokens = jnp.asarray(case["input_ids"][:1], jnp.int32)
+    latent = jnp.asarray(case["input_states"][:1])
+    prefill, deepest_loop = int(case["cache_prefill_len"]), deepest(case)
+    depths = case["strategy_decode_num_steps"].tolist()
+    run = jax.jit(
+        lambda model, tokens, latent, cache, depth: model(tokens, cache, latent=latent, depth=depth)
+    )
+    for name in case.names("strategy:"):
+        _, strategy, array = name.split(":")
+        if array != "logits":
+            continue
+        cache = model.init_state(
+            1, capacity=tokens.shape[1], depth=max(deepest_loop, *depths), strategy=strategy
+        )
+        logits, begin = [], 0
+        for size, depth in [(prefill, deepest_loop)] + [(1, depth) for depth in depths]:
+            part = slice(begin, begin + size)
+            new, cache = run(model, tokens[:, part], latent[:, part], cache, jnp.int32(depth))
+            logits.append(new[:, -1])
+            begin += size
+        case.check(name, np.stack(logits, axis=1))
+        slots, entries = held(cache)
+        case.check(f"strategy:{strategy}:slots", slots)
+        case.check(f"strategy:{strategy}:entries", entries)
+
+
+def held(cache):
+    """Ids of the slots that tokens hold, those of the coda negative, and how many are held."""
+    layout = cache.layout
+    loops = np.asarray(cache.loops)[0, : int(cache.kv.length)]
+    core = np.array([layout.held(int(n) * layout.core) for n in loops])
+    slots = np.arange(-layout.coda, layout.prelude + core.max())
+    return slots, np.sum(core + layout.prelude + layout.coda)
+
+
 def test_greedy_tokens(case, model):
     expected = case["greedy_tokens_zero_state"]
     prompt = shared_prefix(case["input_ids"][0], expected[0])
@@ -119,12 +152,60 @@ def test_greedy_tokens(case, model):
         model,
         [prompt],
         max_new_tokens=expected.shape[1] - len(prompt),
-        config=generation.SamplingConfig(temperature=0.0),
+        config=GREEDY,
         key=jax.random.key(0),
         latent_key=None,
         depth=deepest(case),
     )
     case.check("greedy_tokens_zero_state", np.concatenate([prompt, new[0]])[None])
+
+
+def test_continuous_compute(case, model):
+    """Every row of the case, each token beginning at the normed latent state of the one before."""
+    name = "greedy_tokens_zero_state_continuous_compute"
+    expected = case[name]
+    prompts = [shared_prefix(a, b) for a, b in zip(case["input_ids"], expected, strict=False)]
+    length = min(len(prompt) for prompt in prompts)
+    steps = generation.generate_adaptive(
+        model,
+        [prompt[:length] for prompt in prompts],
+        max_new_tokens=expected.shape[1] - length,
+        depth=deepest(case),
+        strategy="full",
+        continuous=True,
+        config=GREEDY,
+    )
+    new = np.stack([step.tokens for step in steps], axis=1)
+    case.check(name, np.concatenate([expected[:, :length], new], axis=1))
+
+
+def test_adaptive_exits(case, model):
+    """Tokens, loops and criteria after every loop, for each criterion, threshold and strategy."""
+    for name in case.names("exit:"):
+        _, criterion, threshold, strategy, array = name.split(":")
+        if array != "tokens":
+            continue
+        prefix = name.removesuffix("tokens")
+        expected, loops = case[name], case[f"{prefix}steps"]
+        prompt = expected[0, : expected.shape[1] - len(loops)].tolist()
+        steps = list(
+            generation.generate_adaptive(
+                model,
+                [prompt],
+                max_new_tokens=len(loops),
+                exit=generation.Exit(criterion=criterion, threshold=float(threshold)),
+                depth=int(case["exit_max_steps"]),
+                strategy=strategy,
+                config=GREEDY,
+            )
+        )
+        new = [int(step.tokens[0]) for step in steps]
+        case.check(name, np.array([prompt + new]))
+        case.check(f"{prefix}steps", np.array([step.loops[0] for step in steps]))
+        values = np.stack([step.values[0] for step in steps])
+        shown = case[f"{prefix}values"].shape[1]
+        assert np.all(np.isnan(values[:, shown:]))
+        case.check(f"{prefix}values", np.where(np.isnan(values), -1, values)[:, :shown])
 
 
 def test_the_table_round_trips(case, model, tmp_path):
