@@ -2,6 +2,12 @@
 
 from jaxrec.generation.adaptive import AdaptiveStep, generate_adaptive
 from jaxrec.generation.autoregressive import STOPPED, complete, generate
+from jaxrec.generation.diffusion_forcing import (
+    DiffusionForcing,
+    Tape,
+    WaveStep,
+    generate_diffusion,
+)
 from jaxrec.generation.sampling import SamplingConfig
 from jaxrec.generation.stopping import StopStrings
 from jaxrec.generation.streaming import Decoder, Report, TextStream, stream_text

@@ -1,6 +1,9 @@
 """Huginn against its original: prelude, every core state, logits, losses, gradients, cached
 decoding, greedy text."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +15,7 @@ from jaxrec.ops import attention
 from jaxrec.training.losses import cross_entropy
 from tests.golden.harness import cases, check_round_trip
 
-LEFT_TO_RECURRENT_DEPTH_INFERENCE = (
-    "diffusion",  # parallel sampler
-    "speculative_tokens",
-)
+LEFT_TO_RECURRENT_DEPTH_INFERENCE = ("speculative_tokens",)
 
 
 FOLDERS = cases("huginn")
@@ -206,6 +206,83 @@ def test_adaptive_exits(case, model):
         shown = case[f"{prefix}values"].shape[1]
         assert np.all(np.isnan(values[:, shown:]))
         case.check(f"{prefix}values", np.where(np.isnan(values), -1, values)[:, :shown])
+
+
+OPTIONS = {  # of the parallel sampler, with the original's names
+    "inner_recurrence": "inner_loops",
+    "freeze_strategy": "freeze",
+    "exit_t": "threshold",
+    "ema_embeds": "embedding_ema",
+    "state_noise_mixing": "noise",
+    "dampened_state_mixer": "dampened",
+    "sqrt_mixer": "sqrt_mixer",
+    "headway": "headway",
+    "continuous_compute": "continuous",
+    "max_wavefront": "max_wavefront",
+    "full_prefill": "full_prefill",
+    "init_scale": "latent_scale",
+    "max_diffusion_steps": "max_steps",
+    "cache_lookup_strategy": "strategy",
+}
+
+
+def test_diffusion_forcing(case, model):
+    """Tokens, what is guessed and frozen after every step, loops of every position, all counts."""
+    readme = (case.folder / "README.md").read_text()
+    for run, kwargs in re.findall(r"^- (diffusion\d+) kwargs: (\{.*?\}):", readme, re.MULTILINE):
+        asked = {"state_noise_mixing": 0.5, "num_steps": 32} | json.loads(kwargs)
+        mode = asked.pop("_mode", None)
+        new, depth = asked.pop("max_new_tokens"), asked.pop("num_steps")
+        options = {OPTIONS[name]: value for name, value in asked.items()}
+        states = [case[name][0] for name in case.names(f"{run}:tape")]
+        assert bool(states) == (mode == "tape")
+        steps = list(
+            generation.generate_diffusion(
+                model,
+                [prompt_of(case)],
+                max_new_tokens=new,
+                depth=depth,
+                options=generation.DiffusionForcing(**options, may_rewrite_prompt=True),
+                config=GREEDY,
+                tape=generation.Tape(
+                    states or [np.zeros((1, model.config.width))],
+                    [case[name] for name in case.names(f"{run}:extra")],
+                )
+                if states or case.names(f"{run}:extra")
+                else None,
+            )
+        )
+        check_wave(case, run, steps)
+
+
+def check_wave(case, run, steps):
+    end = steps[-1]
+    frozen = int(end.frozen[0])
+    case.check(f"{run}:tokens", end.tokens[:, :frozen])
+    case.check(f"{run}:num_core_forward_passes", end.core_passes[0])
+    case.check(f"{run}:num_tokens_forward", end.position_passes[0])
+    case.check(f"{run}:num_cache_clears", end.cache_clears[0])
+    case.check(f"{run}:num_standing_waves", end.standing_waves[0])
+    case.check(f"{run}:diffusion_steps", end.steps[0])
+    case.check(f"{run}:gen_seq_length", end.length[0])
+    case.check(f"{run}:recurrence_per_position", end.loops[:, :frozen])
+    case.check(f"{run}:token_stable_per_position", end.stable[:, :frozen])
+    width = case[f"{run}:token_tablet"].shape[1]
+
+    def tablet(counts):
+        shown = np.stack([step.tokens[0, :width] for step in steps[1:]])
+        counts = np.stack([count[0] for count in counts])[1:, None]
+        return np.where(np.arange(width) < counts, shown, 0)
+
+    case.check(f"{run}:token_tablet", tablet([step.length for step in steps]))
+    case.check(f"{run}:frozen_tablet", tablet([step.frozen for step in steps]))
+
+
+def prompt_of(case) -> list[int]:
+    """The prompt of row 0 that the README speaks of."""
+    readme = (case.folder / "README.md").read_text()
+    length = int(re.search(r"prompt = first (\d+) tokens", readme)[1])
+    return case["input_ids"][0, :length].tolist()
 
 
 def test_the_table_round_trips(case, model, tmp_path):
