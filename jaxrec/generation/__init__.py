@@ -9,7 +9,8 @@ from jaxrec.generation.diffusion_forcing import (
     generate_diffusion,
 )
 from jaxrec.generation.sampling import SamplingConfig
+from jaxrec.generation.speculative import SpeculativeStep, generate_speculative
 from jaxrec.generation.stopping import StopStrings
-from jaxrec.generation.streaming import Decoder, Report, TextStream, stream_text
+from jaxrec.generation.streaming import Decoder, Report, TextStream, stream_text, text_of
 from jaxrec.ops.depth.exits import Exit
 from jaxrec.ops.depth.noise import LatentNoise

@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from jaxrec.errors import UserError
 from jaxrec.generation.prompts import check_looped, round_up, row_keys
-from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
+from jaxrec.generation.sampling import Sampling, SamplingConfig, draw_at
 from jaxrec.models.huginn import Huginn, Latent
 from jaxrec.ops.depth.cache import DepthCache, cut, open_view, set_loops
 from jaxrec.ops.depth.exits import relative_change
@@ -210,16 +210,9 @@ class _Source(NamedTuple):
     max_new_tokens: Array
 
 
-SOURCE_AXES = _Source(
-    sampling=None,  # type: ignore[arg-type]
-    keys=0,  # type: ignore[arg-type]
-    latent_keys=0,  # type: ignore[arg-type]
-    filler_keys=0,  # type: ignore[arg-type]
-    tape=None,
-    fillers=None,
-    stop_tokens=None,  # type: ignore[arg-type]
-    max_new_tokens=None,  # type: ignore[arg-type]
-)
+_NONE: Any = None
+_ROWS: Any = 0
+_SOURCE_AXES = _Source(_NONE, _ROWS, _ROWS, _ROWS, _NONE, _NONE, _NONE, _NONE)
 
 
 class _Stretch(NamedTuple):
@@ -301,22 +294,22 @@ def _run(
         )
 
 
-def _shown(wave: _Wave, static: _Static) -> WaveStep:
-    wave = jax.device_get(wave)
+def _shown(on_device: _Wave, static: _Static) -> WaveStep:
+    wave: Any = jax.device_get(on_device)
     change = np.full(wave.tokens.shape, np.nan, np.float32)
     for row, (start, values) in enumerate(zip(wave.start, wave.change, strict=True)):
         change[row, start : start + static.window] = values
     return WaveStep(
-        [],
-        np.array(wave.tokens),
-        wave.length,
-        wave.frozen,
-        wave.start,
-        change,
-        wave.loops,
-        wave.stable,
-        *wave.counts,
-        wave.is_done,
+        new_tokens=[],
+        tokens=np.array(wave.tokens),
+        length=wave.length,
+        frozen=wave.frozen,
+        start=wave.start,
+        change=change,
+        loops=wave.loops,
+        stable=wave.stable,
+        is_done=wave.is_done,
+        **wave.counts._asdict(),
     )
 
 
@@ -332,7 +325,7 @@ def _begin(
     """All rows before the first outer step, the prompts read."""
     model: Huginn = jax.tree.unflatten(structure, weights)
     each = functools.partial(_begin_row, model, static)
-    return jax.vmap(each, in_axes=(SOURCE_AXES, 0, 0))(source, tokens, lengths)
+    return jax.vmap(each, in_axes=(_SOURCE_AXES, 0, 0))(source, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
@@ -347,7 +340,7 @@ def _advance(
 ) -> tuple[DepthCache, _Wave]:
     """Up to `stride` outer steps of all rows, fewer when all are done."""
     model: Huginn = jax.tree.unflatten(structure, weights)
-    each = jax.vmap(functools.partial(_step, model, static), in_axes=(SOURCE_AXES, 0, 0))
+    each = jax.vmap(functools.partial(_step, model, static), in_axes=(_SOURCE_AXES, 0, 0))
 
     def busy(carry: tuple[DepthCache, _Wave, Array]) -> Array:
         return ~jnp.all(carry[1].is_done) & (carry[2] < stride)
@@ -378,15 +371,15 @@ def _begin_row(
     if options.full_prefill:
         latent = _states(model, static, source, draws, zero, static.prompt)
         shape = (1, static.prompt)
-        logits, cache = model(
+        logits, read = model(
             tokens[None, : static.prompt],
             cache,
             segment_ids=jnp.ones(shape, jnp.int32),
             latent=latent[None],
             depth=static.depth,
         )
-        assert cache is not None, "a cache was given"
-        cache = cut(cache, length)
+        assert read is not None, "a cache was given"
+        cache = cut(read, length)
         last = lax.dynamic_slice_in_dim(logits[0], length - 1, 1, axis=0)
         first = _draw(source, last, length[None], tokens, length, length)
         tokens = lax.dynamic_update_slice(tokens, first, (length,))
@@ -398,7 +391,7 @@ def _begin_row(
     embedded = None
     if options.embedding_ema > 0:
         window = lax.dynamic_slice_in_dim(tokens, start, static.window)[None]
-        view, opened = open_view(cache, window.shape, jnp.ones_like(window))
+        view, opened = open_view(cache, (1, static.window), jnp.ones_like(window))
         embedded = _Stretch(model.embed(window, view, opened)[0][0], start, size)
     before = _Stretch(latent, zero, size)
     nothing = _Stretch(jnp.zeros_like(latent), zero, size)
@@ -434,7 +427,7 @@ def _step(
     index = jnp.arange(static.tokens, dtype=jnp.int32)
     place = jnp.arange(window, dtype=jnp.int32)
     tokens = lax.dynamic_slice_in_dim(wave.tokens, start, window)[None]
-    view, cache_then = open_view(cache, tokens.shape, jnp.ones_like(tokens))
+    view, cache_then = open_view(cache, (1, window), jnp.ones_like(tokens))
     embedded_then, cache_then = model.embed(tokens, view, cache_then)
     embedded, wave = _mix_embeddings(static, wave, embedded_then[0], start)
 
@@ -624,23 +617,12 @@ def _fillers(model: Huginn, source: _Source, step: Array, count: int) -> Array:
 
 
 def _draw(
-    source: _Source,
-    logits: Array,
-    position: Array,
-    tokens: Array,
-    frozen: Array,
-    prompt: Array,
+    source: _Source, logits: Array, position: Array, tokens: Array, frozen: Array, prompt: Array
 ) -> Array:
     """The tokens int32 (n) at some positions (n), from their scores (n vocab)."""
-    keys, present = None, None
-    if source.keys is not None:
-        step = jnp.maximum(position - prompt, 0)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(source.keys, step)
-    if source.sampling.repetition_penalty is not None:
-        is_text = jnp.arange(tokens.shape[0]) < frozen
-        present = jnp.zeros(logits.shape[1], jnp.bool_).at[tokens].max(is_text)
-        present = jnp.broadcast_to(present, logits.shape)
-    return draw(logits, source.sampling, keys, present)
+    step = jnp.maximum(position - prompt, 0)
+    known = jnp.broadcast_to(frozen, position.shape)
+    return draw_at(logits, source.sampling, source.keys, step, tokens, known)
 
 
 def _is_stop(source: _Source, tokens: Array) -> Array:

@@ -15,9 +15,6 @@ from jaxrec.ops import attention
 from jaxrec.training.losses import cross_entropy
 from tests.golden.harness import cases, check_round_trip
 
-LEFT_TO_RECURRENT_DEPTH_INFERENCE = ("speculative_tokens",)
-
-
 FOLDERS = cases("huginn")
 GREEDY = generation.SamplingConfig(temperature=0.0)
 
@@ -278,6 +275,28 @@ def check_wave(case, run, steps):
     case.check(f"{run}:frozen_tablet", tablet([step.frozen for step in steps]))
 
 
+def test_speculative_decoding(case, model):
+    """Draft, lookahead and depth are those of the README."""
+    name = "speculative_tokens"
+    if name not in case:
+        return
+    readme = (case.folder / "README.md").read_text()
+    said = re.search(
+        rf"`{name}`: draft_steps=(\d+), lookahead (\d+), verify r=(\d+), (\d+) new tokens", readme
+    )
+    draft_depth, lookahead, depth, new = map(int, said.groups())
+    *_, end = generation.generate_speculative(
+        model,
+        [prompt_of(case)],
+        max_new_tokens=new,
+        draft_depth=draft_depth,
+        lookahead=lookahead,
+        depth=depth,
+        config=GREEDY,
+    )
+    case.check(name, end.tokens[:, : int(end.length[0])])
+
+
 def prompt_of(case) -> list[int]:
     """The prompt of row 0 that the README speaks of."""
     readme = (case.folder / "README.md").read_text()
@@ -291,7 +310,7 @@ def test_the_table_round_trips(case, model, tmp_path):
 
 def test_every_array_was_looked_at(case):
     """Last in this file: the tests above share the case and say what they have looked at."""
-    case.assert_all_looked_at(LEFT_TO_RECURRENT_DEPTH_INFERENCE)
+    case.assert_all_looked_at()
 
 
 def deepest(case) -> int:
