@@ -48,9 +48,9 @@ def test_rows_of_a_batch_stop_each_by_itself(options):
     tokens, loops = run(**options, latent_key=None)
     assert np.any(loops[0] != loops[1]), "the rows should differ"
     for row, prompt in enumerate(PROMPTS):
-        alone = run([prompt], **options, latent_key=None)
-        np.testing.assert_array_equal(alone[0][0], tokens[row])
-        np.testing.assert_array_equal(alone[1][0], loops[row])
+        alone = run([prompt, prompt, prompt], **options, latent_key=None)
+        np.testing.assert_array_equal(alone[0], np.stack([tokens[row]] * 3))
+        np.testing.assert_array_equal(alone[1], np.stack([loops[row]] * 3))
 
 
 def test_without_an_exit_it_is_plain_generation():
@@ -87,7 +87,8 @@ def test_noise_changes_the_text_and_its_key_repeats_it():
     noise = LatentNoise(3.0, "geom")
     once, again = (run(noise=noise, key=KEY)[0] for _ in range(2))
     np.testing.assert_array_equal(once, again)
-    np.testing.assert_array_equal(run(PROMPTS[:1], noise=noise, key=KEY)[0][0], once[0])
+    others = [PROMPTS[0], [8], [2, 2]]
+    np.testing.assert_array_equal(run(others, noise=noise, key=KEY)[0][0], once[0])
     assert np.any(once != run()[0])
 
 

@@ -58,43 +58,32 @@ def test_settled_text_is_that_of_one_token_after_the_other(config):
     ],
     ids=lambda options: options.freeze,
 )
-def test_rows_of_a_batch_are_what_they_are_alone(options):
-    """Row 0 alone has its keys in the batch; the others are compared from a zero latent state."""
-    together, steps = run(options=options)
-    alone, _ = run(PROMPTS[:1], options=options)
-    assert together[:1] == alone
-    again, _ = run(options=options)
-    assert together == again
+def test_rows_do_not_talk(options):
+    """Row 0 keeps its text when its neighbours change, with all its draws; and rows that begin at
+    zero change places with their prompts."""
+    together, _ = run(options=options)
     assert all(len(row) == NEW for row in together)
+    assert run([PROMPTS[0], [9] * 8, [30, 2]], options=options)[0][0] == together[0]
     quiet = dataclasses.replace(options, noise=0.0, headway=1)
     together, steps = run(options=quiet, latent_key=None)
-    for row, prompt in enumerate(PROMPTS):
-        alone, own = run([prompt], options=quiet, latent_key=None)
-        assert alone[0] == together[row]
-        for count in ("steps", "core_passes", "position_passes", "cache_clears", "frozen"):
-            assert getattr(own[-1], count)[0] == getattr(steps[-1], count)[row]
+    turned, turned_steps = run(PROMPTS[1:] + PROMPTS[:1], options=quiet, latent_key=None)
+    assert turned == together[1:] + together[:1]
+    for count in ("steps", "core_passes", "position_passes", "cache_clears", "frozen"):
+        turned = np.roll(getattr(turned_steps[-1], count), 1)
+        np.testing.assert_array_equal(turned, getattr(steps[-1], count))
 
 
 def test_fewer_passes_of_the_core_than_tokens_times_depth():
-    _, steps = run(depth=12)
+    _, steps = run(options=dataclasses.replace(FAST, threshold=1.0), depth=12)
     assert np.all(steps[-1].core_passes - 1 < 12 * NEW / 2)
 
 
 def test_the_stride_changes_nothing_but_when_tokens_are_shown():
     tokens, steps = run()
     strided, fewer = run(stride=5)
-    assert strided == tokens and len(fewer) < len(steps) / 3
+    assert strided == tokens
+    assert len(fewer) - 1 == -(-(len(steps) - 1) // 5)
     np.testing.assert_array_equal(fewer[-1].core_passes, steps[-1].core_passes)
-
-
-def test_a_larger_buffer_changes_nothing_but_its_size():
-    """Latent states belong to positions, not to places in a buffer."""
-    tokens, steps = run()
-    largest = max(int(np.max(step.length - step.start)) for step in steps)
-    wide, wide_steps = run(options=dataclasses.replace(FAST, max_wavefront=largest + 7))
-    if all(np.all(step.standing_waves == 0) for step in steps):
-        assert wide == tokens
-    assert np.all(wide_steps[-1].standing_waves == 0)
 
 
 def test_a_narrow_window_makes_standing_waves_and_still_ends():
