@@ -16,14 +16,12 @@ import numpy as np
 from jax import Array
 
 from jaxrec.errors import UserError
+from jaxrec.generation.prompts import check, latents, pad, round_up, row_keys
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
 from jaxrec.models.protocol import LanguageModel, loop_inputs, prefix_inputs
 
 STOPPED = -1
 """What a row gives instead of a token once it has stopped."""
-
-# Prompts and caches are made a multiple of this, so that nearby lengths share one compiled program.
-_BLOCK = 64
 
 
 def generate(
@@ -63,7 +61,7 @@ def generate(
     config = config or SamplingConfig()
     if read_twice:
         prompts = [[*prompt, *prompt] for prompt in prompts]
-    _check(model, prompts, max_new_tokens, depth)
+    check(model, prompts, max_new_tokens, depth)
     if key is None and not config.is_greedy:
         raise UserError(
             f"generate: drawing at temperature {config.temperature:g} needs a key."
@@ -76,10 +74,10 @@ def generate(
     is_latent_drawn = latent_key is not None and hasattr(model, "init_latent")
     settings = _Settings(
         sampling=Sampling.of(config),
-        keys=None if config.is_greedy else _fold_in_each(key, rows),
+        keys=None if config.is_greedy else row_keys(key, rows),
         loop=_Loop(
             depth=None if depth is None else jnp.asarray(depth, jnp.int32),
-            latent_keys=_fold_in_each(latent_key, rows) if is_latent_drawn else None,
+            latent_keys=row_keys(latent_key, rows) if is_latent_drawn else None,
         ),
     )
     return _run(model, prompts, max_new_tokens, settings, depth, frozenset(stop_tokens))
@@ -147,11 +145,11 @@ def _run(
 ) -> Iterator[np.ndarray]:
     # A flat list of weights costs the host far less per call than a module does.
     weights, structure = jax.tree.flatten(model)
-    tokens, lengths = _pad([prompt[:-1] for prompt in prompts])
+    tokens, lengths = pad([prompt[:-1] for prompt in prompts])
     present = None
     if settings.sampling.repetition_penalty is not None:
         present = jnp.array([np.isin(np.arange(model.config.vocab_size), row) for row in prompts])
-    capacity = _round_up(tokens.shape[1] + max_new_tokens)
+    capacity = round_up(tokens.shape[1] + max_new_tokens)
     state = _prefill(structure, capacity, depth, weights, settings.loop, tokens, lengths)
     carry = _Carry(state, jnp.array(lengths), jnp.zeros((), jnp.int32), present)
     token = jnp.array([prompt[-1] for prompt in prompts], jnp.int32)
@@ -224,75 +222,5 @@ def _loop_inputs(model: LanguageModel, loop: _Loop, position: Array) -> dict[str
     """The loop inputs of a model for the tokens at positions (b t) of their rows."""
     inputs = loop_inputs(model.config, loop.depth, None)
     if loop.latent_keys is not None:
-        # One key per token: what a token begins from does not depend on padding or on other rows.
-        token_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(
-            loop.latent_keys, position
-        )
-        looped: Any = model
-        inputs["latent"] = jax.vmap(jax.vmap(lambda key: looped.init_latent(key, 1, 1)[0, 0]))(
-            token_keys
-        )
+        inputs["latent"] = latents(model, loop.latent_keys, position)
     return inputs
-
-
-def _fold_in_each(key: Any, rows: int) -> Array:
-    """One key per row, (b), the same for a row whatever the number of rows."""
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows, dtype=jnp.uint32))
-
-
-def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens aligned at their ends: int32 (b t) with zeros before them, and their lengths (b)."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), _round_up(max(1, int(lengths.max())))), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, tokens.shape[1] - len(prompt) :] = prompt
-    return tokens, lengths
-
-
-def _round_up(count: int) -> int:
-    return -(-count // _BLOCK) * _BLOCK
-
-
-def _check(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, depth: int | None
-) -> None:
-    config = model.config
-    if max_new_tokens < 1:
-        raise UserError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}.")
-    if len(prompts) == 0:
-        raise UserError("generate: there is no prompt. Give at least one.")
-    if depth is not None and config.mean_depth is None:
-        raise UserError(
-            f"generate: depth is {depth}, but {type(model).__name__} has no loop. Leave depth out."
-        )
-    if depth is not None and depth < 1:
-        raise UserError(
-            f"generate: depth must be >= 1, got {depth}."
-            f" The model was trained around {config.mean_depth}."
-        )
-    for row, prompt in enumerate(prompts):
-        name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
-        if len(prompt) == 0:
-            raise UserError(
-                f"generate: {name} has no tokens. Give some text, or begin with the tokenizer's"
-                " begin-of-document token."
-            )
-        ids = np.asarray(prompt)
-        unknown = ids[(ids < 0) | (ids >= config.vocab_size)]
-        if len(unknown):
-            raise UserError(
-                f"generate: {name} has the token {unknown[0]}, but the model knows 0 to"
-                f" {config.vocab_size - 1}. Use the tokenizer that it was trained with."
-            )
-        if len(prompt) >= config.context:
-            raise UserError(
-                f"generate: {name} has {len(prompt)} tokens and is longer than the context:"
-                f" the model's is {config.context} tokens, prompt and continuation together."
-                f" Shorten it to at most {config.context - 1}."
-            )
-        if len(prompt) + max_new_tokens > config.context:
-            raise UserError(
-                f"generate: {name} with {len(prompt)} tokens and {max_new_tokens} new ones is"
-                f" longer than the context of {config.context} tokens. Ask for at most"
-                f" {config.context - len(prompt)} new tokens, or shorten the prompt."
-            )

@@ -101,3 +101,33 @@ def draw(
     if sampling.min_p is not None:
         logits = filters.min_p(logits, sampling.min_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def draw_at(
+    logits: Array,
+    sampling: Sampling,
+    key: Array | None,
+    step: Array,
+    tokens: Array,
+    known: Array,
+) -> Array:
+    """Draws the tokens of several steps of one row, each as `generate` draws it.
+
+    Args:
+      logits: (n vocab), float32.
+      sampling: temperature and filters.
+      key: PRNG key () of the row; unused and possibly None when greedy.
+      step: int32 (n), which token after the prompt each is, from 0.
+      tokens: int32 (t), the text.
+      known: int32 (n), how many tokens of the text come before each.
+
+    Returns:
+      int32 (n).
+    """
+    keys, present = None, None
+    if key is not None:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, step)
+    if sampling.repetition_penalty is not None:
+        is_text = jnp.arange(tokens.shape[0])[None] < known[:, None]
+        present = jnp.zeros(logits.shape, jnp.bool_).at[:, tokens].max(is_text)
+    return draw(logits, sampling, keys, present)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
-import numpy as np
 from jax import Array
 
 from jaxrec.generation.autoregressive import STOPPED, generate
@@ -43,7 +42,7 @@ class Report:
 class TextStream:
     """An iterator of (row, piece of text); `report` is there once it has ended."""
 
-    def __init__(self, rows: list["_Row"], steps: Iterator[np.ndarray]) -> None:
+    def __init__(self, rows: list["_Row"], steps: Iterator[Sequence[Sequence[int]]]) -> None:
         self.report: Report | None = None
         self._pieces = self._run(rows, steps)
 
@@ -53,13 +52,16 @@ class TextStream:
     def __next__(self) -> tuple[int, str]:
         return next(self._pieces)
 
-    def _run(self, rows: list["_Row"], steps: Iterator[np.ndarray]) -> Iterator[tuple[int, str]]:
+    def _run(
+        self, rows: list["_Row"], steps: Iterator[Sequence[Sequence[int]]]
+    ) -> Iterator[tuple[int, str]]:
         times = [time.perf_counter()]
-        for tokens in steps:
+        for step in steps:
             times.append(time.perf_counter())
             for index, row in enumerate(rows):
-                if row.finish is None and (text := row.push(int(tokens[index]))):
-                    yield index, text
+                for token in step[index]:
+                    if row.finish is None and (text := row.push(token)):
+                        yield index, text
             if all(row.finish for row in rows):
                 break
         for index, row in enumerate(rows):
@@ -106,7 +108,6 @@ def stream_text(
     Raises:
       UserError: as for `generate`, or a stop string is empty.
     """
-    rows = [_Row(decoder(), StopStrings(stop_strings)) for _ in prompts]
     steps = generate(
         model,
         prompts,
@@ -118,7 +119,21 @@ def stream_text(
         stop_tokens=stop_tokens,
         read_twice=read_twice,
     )
-    return TextStream(rows, steps)
+    one_by_one = ([[int(token)] for token in step] for step in steps)
+    return text_of(one_by_one, len(prompts), decoder=decoder, stop_strings=stop_strings)
+
+
+def text_of(
+    steps: Iterator[Sequence[Sequence[int]]],
+    rows: int,
+    *,
+    decoder: Callable[[], Decoder],
+    stop_strings: Sequence[str] = (),
+) -> TextStream:
+    """The text of tokens that come in steps, for each row any number of them, `STOPPED` where the
+    row has ended before the length.
+    """
+    return TextStream([_Row(decoder(), StopStrings(stop_strings)) for _ in range(rows)], steps)
 
 
 class _Row:

@@ -1,5 +1,7 @@
 """Multi-head attention as a layer: projections, rotation, cache."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -100,6 +102,7 @@ class Attention(nnx.Module):
         view: attention.View | None = None,
         angles: rotary.Rotation | None = None,
         slot: Array | int = 0,
+        extend: Callable[..., tuple[attention.KVCache, Array, Array, attention.View]] | None = None,
     ) -> tuple[Array, attention.KVCache | None]:
         """Attends over x (b t d) and what the cache holds.
 
@@ -110,6 +113,8 @@ class Attention(nnx.Module):
           view: the opened timeline when several layers share one cache; None opens it here.
           angles: rotation for that view; None computes it here.
           slot: where in the cache this execution of the layer keeps its keys and values.
+          extend: (cache, slot, k, v, view) -> (cache, k, v, view), what is stored and what is read
+            instead of that slot, see `ops.depth.cache`.
 
         Returns:
           (b t d), and the cache with these tokens written.
@@ -127,7 +132,9 @@ class Attention(nnx.Module):
                 k = k + self.key_bias[...].astype(k.dtype)[None, None]
             q = rotary.rotate(q, angles, self.rotary_pairing)
             k = rotary.rotate(k, angles, self.rotary_pairing)
-            if cache is not None and self.window is None:
+            if cache is not None and extend is not None:
+                cache, k, v, view = extend(cache, slot, k, v, view)
+            elif cache is not None and self.window is None:
                 cache = attention.write(cache, slot, k, v, view.start)
                 k, v = attention.read(cache, slot)
             elif cache is not None:

@@ -27,7 +27,9 @@ from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
 from jaxrec.ops import attention, rotary
-from jaxrec.ops.depth import IterateInfo, RematPolicy, iterate, remat_scan
+from jaxrec.ops.depth import IterateInfo, RematPolicy, cache, iterate, remat_scan
+from jaxrec.ops.depth.cache import DepthCache, Extend
+from jaxrec.ops.depth.noise import LatentNoise
 
 DEPTH_SIGMA = 0.5  # of the log-normal rate from which the number of loops is drawn
 
@@ -158,12 +160,12 @@ class Latent(NamedTuple):
     """The state of the loop over the core."""
 
     state: Array  # s (b t d), float32
-    cache: attention.KVCache | None
-    slot: Array  # int32 (): where the next executed block keeps its keys and values
+    cache: DepthCache | None
+    loop: Array  # int32 (): loops done
 
 
 class Huginn(nnx.Module):
-    """The model. State is a `KVCache` with one slot per executed block, or None."""
+    """The model. State is a `DepthCache` with slots for executed blocks, or None."""
 
     def __init__(self, config: HuginnConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -192,17 +194,19 @@ class Huginn(nnx.Module):
         return self.embedding.table[...].dtype
 
     def init_state(
-        self, batch: int, *, capacity: int, depth: int | None = None
-    ) -> attention.KVCache:
-        """An empty cache for `capacity` tokens at up to `depth` loops (the trained mean if
-        None).
+        self, batch: int, *, capacity: int, depth: int | None = None, strategy: str = "full"
+    ) -> DepthCache:
+        """An empty cache for `capacity` tokens at up to `depth` loops (the trained mean if None);
+        which slots it has is said by a strategy of `ops.depth.cache`.
         """
         config = self.config
         depth = config.mean_depth if depth is None else depth
-        slots = config.prelude_layers + depth * config.core_layers + config.coda_layers
+        layout = cache.Layout.of(
+            strategy, config.prelude_layers, config.core_layers, config.coda_layers
+        )
         head_width = config.width // config.heads
-        return attention.init_cache(
-            slots, batch, capacity, config.heads, head_width, self.compute_dtype
+        return cache.init_cache(
+            layout, depth, batch, capacity, config.heads, head_width, self.compute_dtype
         )
 
     def init_latent(self, key: Array | None, batch: int, time: int) -> Array:
@@ -218,7 +222,7 @@ class Huginn(nnx.Module):
     def __call__(
         self,
         tokens: Array,
-        state: attention.KVCache | None = None,
+        state: DepthCache | None = None,
         *,
         segment_ids: Array | None = None,
         depth: int | Array | None = None,
@@ -226,7 +230,7 @@ class Huginn(nnx.Module):
         latent: Array | None = None,
         grad_steps: int | None = None,
         remat: RematPolicy = "none",
-    ) -> tuple[Array, attention.KVCache | None]:
+    ) -> tuple[Array, DepthCache | None]:
         """Scores the next token at every position.
 
         Args:
@@ -247,30 +251,75 @@ class Huginn(nnx.Module):
         """
         batch, time = tokens.shape
         depth = self.config.mean_depth if depth is None else depth
-        view, cache = attention.open_view(state, (batch, time), segment_ids)
-        embedded, cache = self.embed(tokens, view, cache, remat=remat)
+        view, state = cache.open_view(state, (batch, time), segment_ids)
+        embedded, state = self.embed(tokens, view, state, remat=remat)
         if latent is None:
             latent = self.init_latent(key, batch, time)
-        latent, cache, _ = self.refine(
-            latent, embedded, depth, view, cache, grad_steps=grad_steps, remat=remat
+        latent, state, _ = self.refine(
+            latent, embedded, depth, view, state, grad_steps=grad_steps, remat=remat
         )
-        logits, cache = self.predict(latent, view, cache, remat=remat)
-        return logits, cache
+        return self.predict(latent, view, state, remat=remat)
 
     def embed(
         self,
         tokens: Array,
         view: attention.View,
-        cache: attention.KVCache | None = None,
+        state: DepthCache | None = None,
         *,
         remat: RematPolicy = "none",
-    ) -> tuple[Array, attention.KVCache | None]:
+    ) -> tuple[Array, DepthCache | None]:
         """Tokens (b t) through embedding and prelude: e (b t d), the input of every loop."""
         with jax.named_scope("prelude"):
             x = self.embedding(tokens) * jnp.asarray(self.config.width**0.5, self.compute_dtype)
-            return self._run(
-                self.prelude, constrain(x, "batch", "time", None), view, cache, 0, remat
-            )
+            x = constrain(x, "batch", "time", None)
+            return self._run(self.prelude, x, view, state, 0, remat)
+
+    def inject(self, embedded: Array) -> Array:
+        """What the adapter makes of e (b t d); the same in every loop."""
+        return self.adapter_input(embedded)
+
+    def loop(
+        self,
+        z: Latent,
+        injected: Array,
+        view: attention.View,
+        *,
+        keep: Array | None = None,
+        noise: LatentNoise | None = None,
+        noise_keys: Array | None = None,
+        remat: RematPolicy = "none",
+    ) -> Latent:
+        """Runs the core once.
+
+        Args:
+          z: the latent state, the cache and the number of loops done.
+          injected: of `inject`, (b t d).
+          view: the opened timeline.
+          keep: bool (b), rows that store their keys and values; None: all.
+          noise: put on the latent state before the loop; None: nothing.
+          noise_keys: (b t) PRNG keys of each token, the same in all loops.
+          remat: what the gradient stores, see `ops.depth.remat_scan`.
+        """
+        latent = z.state
+        if noise is not None:
+            latent = self._disturb(latent, z.loop, noise, noise_keys)
+        x = self.adapter_latent(latent) + injected
+        extend = None if z.cache is None else cache.core_extend(z.cache, keep)
+        execution = z.loop * self.config.core_layers
+        x, state = self._run(self.core, x, view, z.cache, execution, remat, extend)
+        return Latent(x.astype(jnp.float32), state, z.loop + 1)
+
+    def _disturb(self, latent: Array, loop: Array, noise: LatentNoise, keys: Array | None) -> Array:
+        """The latent state (b t d) with noise, normed as the core's last block norms its sum."""
+        assert self.core is not None and keys is not None, "noise needs a key for every token"
+        deviation = self.config.weight_std * self.config.width**0.5
+
+        def mix(latent: Array, key: Array) -> Array:
+            key = jax.random.fold_in(key, loop)
+            return noise.mix(latent, loop, key, deviation, self.config.mean_depth)
+
+        last = jax.tree.map(lambda x: x[-1], self.core)
+        return last.mlp_out_norm(jax.vmap(jax.vmap(mix))(latent, keys))
 
     def refine(
         self,
@@ -278,71 +327,72 @@ class Huginn(nnx.Module):
         embedded: Array,
         depth: int | Array,
         view: attention.View,
-        cache: attention.KVCache | None = None,
+        state: DepthCache | None = None,
         *,
         grad_steps: int | None = None,
         remat: RematPolicy = "none",
-    ) -> tuple[Array, attention.KVCache | None, IterateInfo]:
+    ) -> tuple[Array, DepthCache | None, IterateInfo]:
         """Loops the core from the latent state s (b t d); returns s^depth, cache and info."""
         # One recomputation is enough: "sqrt" is left to the loop over the blocks, the rest to them.
         per_block: RematPolicy = "none" if remat == "sqrt" else remat
         per_loop: RematPolicy = "sqrt" if remat == "sqrt" else "none"
         with jax.named_scope("core"):
-            injected = self.adapter_input(embedded)
-
-            def loop(z: Latent) -> Latent:
-                x = self.adapter_latent(z.state) + injected
-                x, cache = self._run(self.core, x, view, z.cache, z.slot, per_block)
-                return Latent(x.astype(jnp.float32), cache, z.slot + self.config.core_layers)
-
-            if grad_steps is None and cache is None:
+            injected = self.inject(embedded)
+            if grad_steps is None and state is None:
                 grad_steps = self.config.backprop_depth
-            start = Latent(latent, cache, jnp.asarray(self.config.prelude_layers, jnp.int32))
-            end, info = iterate(loop, start, depth, grad_steps=grad_steps, remat=per_loop)
-        return end.state, end.cache, info
+            end, info = iterate(
+                lambda z: self.loop(z, injected, view, remat=per_block),
+                Latent(latent, state, jnp.zeros((), jnp.int32)),
+                depth,
+                grad_steps=grad_steps,
+                remat=per_loop,
+            )
+        state = end.cache if end.cache is None else cache.set_loops(end.cache, view, end.loop)
+        return end.state, state, info
 
     def predict(
         self,
         latent: Array,
         view: attention.View,
-        cache: attention.KVCache | None = None,
+        state: DepthCache | None = None,
         *,
         remat: RematPolicy = "none",
-    ) -> tuple[Array, attention.KVCache | None]:
+    ) -> tuple[Array, DepthCache | None]:
         """Latent state s (b t d) through norm, coda, norm and head: logits (b t vocab), float32."""
         with jax.named_scope("coda"):
             x = self.norm(latent).astype(self.compute_dtype)
-            # The coda keeps its keys in the last slots, wherever the loop has ended.
-            slot = 0 if cache is None else cache.k.shape[0] - self.config.coda_layers
-            x, cache = self._run(self.coda, x, view, cache, slot, remat)
+            slot = 0 if state is None else state.coda_slot
+            x, state = self._run(self.coda, x, view, state, slot, remat)
             head = self.embedding if self.head is None else self.head
             logits = head.logits(self.norm(x))
-        return logits, cache
+        return logits, state
 
     def _run(
         self,
         blocks: SandwichBlock | None,
         x: Array,
         view: attention.View,
-        cache: attention.KVCache | None,
+        state: DepthCache | None,
         slot: Array | int,
         remat: RematPolicy,
-    ) -> tuple[Array, attention.KVCache | None]:
-        """Runs stacked blocks one after another, using slots from `slot` on."""
+        extend: Extend | None = None,
+    ) -> tuple[Array, DepthCache | None]:
+        """Runs stacked blocks one after another, using slots (or executions) from `slot` on."""
         if blocks is None:
-            return x, cache
+            return x, state
         angles = rotary.rotation(
             view.positions, self.config.width // self.config.heads, self.config.rotary_base
         )
 
         def body(carry: tuple[Array, Any, Array], block: SandwichBlock) -> tuple[Any, None]:
-            x, cache, slot = carry
-            x, cache = block(x, cache, view=view, angles=angles, slot=slot)
-            return (x, cache, slot + 1), None
+            x, kv, slot = carry
+            x, kv = block(x, kv, view=view, angles=angles, slot=slot, extend=extend)
+            return (x, kv, slot + 1), None
 
-        start = (x, cache, jnp.asarray(slot, jnp.int32))
-        (x, cache, _), _ = remat_scan(body, start, blocks, remat=remat)
-        return x, cache
+        kv = None if state is None else state.kv
+        start = (x, kv, jnp.asarray(slot, jnp.int32))
+        (x, kv, _), _ = remat_scan(body, start, blocks, remat=remat)
+        return x, state if state is None else dataclasses.replace(state, kv=kv)
 
 
 TINY = HuginnConfig(

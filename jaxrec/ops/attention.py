@@ -160,20 +160,42 @@ def _causal(
     return visible[None] & (query_segment[:, :, None] == key_segment[:, None, :])
 
 
-def write(cache: KVCache, slot: Array | int, k: Array, v: Array, start: Array) -> KVCache:
-    """Stores k, v (b t h k) of the tokens from index `start` on in one slot."""
+def write(
+    cache: KVCache,
+    slot: Array | int,
+    k: Array,
+    v: Array,
+    start: Array,
+    *,
+    keep: Array | None = None,
+) -> KVCache:
+    """Stores k, v (b t h k) of the tokens from index `start` on in one slot; with `keep`, bool (b),
+    of these rows only.
+    """
     slot = jnp.asarray(slot, jnp.int32)
     k = jnp.transpose(k, (0, 2, 3, 1))[None].astype(cache.k.dtype)
     v = jnp.swapaxes(v, 1, 2)[None].astype(cache.v.dtype)
+    k_place, v_place = (slot, 0, 0, 0, start), (slot, 0, 0, start, 0)
+    if keep is not None:
+        rows = keep[None, :, None, None, None]
+        k = jnp.where(rows, k, lax.dynamic_slice(cache.k, k_place, k.shape))
+        v = jnp.where(rows, v, lax.dynamic_slice(cache.v, v_place, v.shape))
     return cache._replace(
-        k=lax.dynamic_update_slice(cache.k, k, (slot, 0, 0, 0, start)),
-        v=lax.dynamic_update_slice(cache.v, v, (slot, 0, 0, start, 0)),
+        k=lax.dynamic_update_slice(cache.k, k, k_place),
+        v=lax.dynamic_update_slice(cache.v, v, v_place),
     )
 
 
 def read(cache: KVCache, slot: Array | int) -> tuple[Array, Array]:
     """Keys and values (b s h k) of one slot."""
     k, v = (lax.dynamic_index_in_dim(x, slot, axis=0, keepdims=False) for x in (cache.k, cache.v))
+    return jnp.transpose(k, (0, 3, 1, 2)), jnp.swapaxes(v, 1, 2)
+
+
+def gather(cache: KVCache, slots: Array) -> tuple[Array, Array]:
+    """Keys and values (b s h k) of each token from its own slot, int (b s)."""
+    k = jnp.take_along_axis(cache.k, slots[None, :, None, None, :], axis=0)[0]
+    v = jnp.take_along_axis(cache.v, slots[None, :, None, :, None], axis=0)[0]
     return jnp.transpose(k, (0, 3, 1, 2)), jnp.swapaxes(v, 1, 2)
 
 

@@ -94,7 +94,66 @@ def test_stop_strings_end_the_text(capsys):
     assert record["finish"] == "stop string"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adaptive", "--looped.exit", "kl", "--looped.exit-threshold", "0.001"],
+        ["adaptive", "--looped.exit", "none", "--looped.schedule", "3", "1", "--looped.continuous"],
+        ["speculative", "--looped.draft-depth", "1", "--looped.lookahead", "3"],
+        ["diffusion-forcing", "--looped.max-wavefront", "4", "--looped.inner-loops", "2"],
+    ],
+    ids=["adaptive", "schedule", "speculative", "diffusion-forcing"],
+)
+def test_other_samplers_report_what_they_cost(words, capsys):
+    jaxrec_generate("--prompt", "Once ", "--depth", "4", "--sampler", *words)
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Once ")
+    first, cost, plain = shown.err.splitlines()
+    assert "8 tokens, " in first
+    assert f"{words[0]}: " in cost and "passes of the core" in cost and "MiB" in cost
+    assert f"autoregressive: 36 passes; {words[0]} is" in plain
+    assert "of 8 tokens are the same" in plain
+    jaxrec_generate("--json", "--prompt", "a", "--no-compare", "--depth", "4", "--sampler", *words)
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["loops"]) == record["tokens"] == 8
+    assert record["core_passes"] >= 2 and "autoregressive" not in record
+
+
+def test_speculation_is_the_same_text(capsys):
+    options = ["--looped.draft-depth", "1", "--looped.lookahead", "3"]
+    jaxrec_generate("--json", "--depth", "4", "--sampler", "speculative", *options)
+    record = json.loads(capsys.readouterr().out)
+    assert record["autoregressive"]["same_tokens"] == record["tokens"]
+    assert record["cache"] == "full" and record["mean_loops"] == 4
+
+
+def test_the_trace_is_a_picture(tmp_path, capsys):
+    file = tmp_path / "wave.svg"
+    options = ["--looped.max-wavefront", "4", "--looped.inner-loops", "2", "--depth", "4"]
+    jaxrec_generate(
+        "--sampler", "diffusion-forcing", "--no-compare", "--trace", str(file), *options
+    )
+    assert file.read_text(encoding="utf-8").startswith("<svg ")
+
+
 BAD = [
+    (["--trace", "x.svg"], r"--trace shows the wavefront of --sampler diffusion-forcing"),
+    (
+        ["--sampler", "adaptive", "--looped.exit-threshold", "-0.1"],
+        r"exit threshold of latent-diff must be > 0",
+    ),
+    (["--sampler", "adaptive", "--looped.cache", "most"], r"Unknown cache strategy 'most'"),
+    (["--sampler", "adaptive", "--depth", "0"], r"depth must be >= 1, got 0"),
+    (["--sampler", "speculative", "--looped.draft-depth", "0"], r"depth must be >= 1, got 0"),
+    (["--sampler", "diffusion-forcing", "--looped.headway", "0"], r"headway must be >= 1"),
+    (
+        ["--sampler", "diffusion-forcing", "--prompt", "x" * 40, "--looped.no-full-prefill"],
+        r"a prompt of 41 tokens is larger than the window of 32",
+    ),
+    (
+        ["--sampler", "diffusion-forcing", "--prompt", "x", "--prompt", "x" * 200],
+        r"prompt 1 has 201 tokens and is longer than the context",
+    ),
     (["--temperature", "-1"], r"temperature must be >= 0"),
     (["--top-p", "2"], r"top_p must be in \(0, 1\], got 2.0"),
     (["--tokens", "0"], r"max_new_tokens must be >= 1, got 0"),

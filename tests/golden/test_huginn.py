@@ -1,6 +1,9 @@
 """Huginn against its original: prelude, every core state, logits, losses, gradients, cached
 decoding, greedy text."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +15,8 @@ from jaxrec.ops import attention
 from jaxrec.training.losses import cross_entropy
 from tests.golden.harness import cases, check_round_trip
 
-LEFT_TO_RECURRENT_DEPTH_INFERENCE = (
-    "strategy:",  # cache strategies for tokens of unequal depth
-    "strategy_decode_num_steps",
-    "exit:",  # adaptive exits
-    "exit_max_steps",
-    "greedy_tokens_zero_state_continuous_compute",
-    "diffusion",  # parallel sampler
-    "speculative_tokens",
-)
-
-
 FOLDERS = cases("huginn")
+GREEDY = generation.SamplingConfig(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +105,43 @@ def test_prefill_and_cached_decoding(case, model):
     case.check("cached_chunk_logits", decode([time - chunk, chunk])[:, -chunk:])
 
 
+def test_cache_strategies(case, model):
+    """Prefill at full depth, then tokens of unequal depths, whose slots are then missing."""
+    tokens = jnp.asarray(case["input_ids"][:1], jnp.int32)
+    latent = jnp.asarray(case["input_states"][:1])
+    prefill, deepest_loop = int(case["cache_prefill_len"]), deepest(case)
+    depths = case["strategy_decode_num_steps"].tolist()
+    run = jax.jit(
+        lambda model, tokens, latent, cache, depth: model(tokens, cache, latent=latent, depth=depth)
+    )
+    for name in case.names("strategy:"):
+        _, strategy, array = name.split(":")
+        if array != "logits":
+            continue
+        cache = model.init_state(
+            1, capacity=tokens.shape[1], depth=max(deepest_loop, *depths), strategy=strategy
+        )
+        logits, begin = [], 0
+        for size, depth in [(prefill, deepest_loop)] + [(1, depth) for depth in depths]:
+            part = slice(begin, begin + size)
+            new, cache = run(model, tokens[:, part], latent[:, part], cache, jnp.int32(depth))
+            logits.append(new[:, -1])
+            begin += size
+        case.check(name, np.stack(logits, axis=1))
+        slots, entries = held(cache)
+        case.check(f"strategy:{strategy}:slots", slots)
+        case.check(f"strategy:{strategy}:entries", entries)
+
+
+def held(cache):
+    """Ids of the slots that tokens hold, those of the coda negative, and how many are held."""
+    layout = cache.layout
+    loops = np.asarray(cache.loops)[0, : int(cache.kv.length)]
+    core = np.array([layout.held(int(n) * layout.core) for n in loops])
+    slots = np.arange(-layout.coda, layout.prelude + core.max())
+    return slots, np.sum(core + layout.prelude + layout.coda)
+
+
 def test_greedy_tokens(case, model):
     expected = case["greedy_tokens_zero_state"]
     prompt = shared_prefix(case["input_ids"][0], expected[0])
@@ -119,12 +149,159 @@ def test_greedy_tokens(case, model):
         model,
         [prompt],
         max_new_tokens=expected.shape[1] - len(prompt),
-        config=generation.SamplingConfig(temperature=0.0),
+        config=GREEDY,
         key=jax.random.key(0),
         latent_key=None,
         depth=deepest(case),
     )
     case.check("greedy_tokens_zero_state", np.concatenate([prompt, new[0]])[None])
+
+
+def test_continuous_compute(case, model):
+    """Every row of the case, each token beginning at the normed latent state of the one before."""
+    name = "greedy_tokens_zero_state_continuous_compute"
+    expected = case[name]
+    prompts = [shared_prefix(a, b) for a, b in zip(case["input_ids"], expected, strict=False)]
+    length = min(len(prompt) for prompt in prompts)
+    steps = generation.generate_adaptive(
+        model,
+        [prompt[:length] for prompt in prompts],
+        max_new_tokens=expected.shape[1] - length,
+        depth=deepest(case),
+        strategy="full",
+        continuous=True,
+        config=GREEDY,
+    )
+    new = np.stack([step.tokens for step in steps], axis=1)
+    case.check(name, np.concatenate([expected[:, :length], new], axis=1))
+
+
+def test_adaptive_exits(case, model):
+    """Tokens, loops and criteria after every loop, for each criterion, threshold and strategy."""
+    for name in case.names("exit:"):
+        _, criterion, threshold, strategy, array = name.split(":")
+        if array != "tokens":
+            continue
+        prefix = name.removesuffix("tokens")
+        expected, loops = case[name], case[f"{prefix}steps"]
+        prompt = expected[0, : expected.shape[1] - len(loops)].tolist()
+        steps = list(
+            generation.generate_adaptive(
+                model,
+                [prompt],
+                max_new_tokens=len(loops),
+                exit=generation.Exit(criterion=criterion, threshold=float(threshold)),
+                depth=int(case["exit_max_steps"]),
+                strategy=strategy,
+                config=GREEDY,
+            )
+        )
+        new = [int(step.tokens[0]) for step in steps]
+        case.check(name, np.array([prompt + new]))
+        case.check(f"{prefix}steps", np.array([step.loops[0] for step in steps]))
+        values = np.stack([step.values[0] for step in steps])
+        shown = case[f"{prefix}values"].shape[1]
+        assert np.all(np.isnan(values[:, shown:]))
+        case.check(f"{prefix}values", np.where(np.isnan(values), -1, values)[:, :shown])
+
+
+OPTIONS = {  # of the parallel sampler, with the original's names
+    "inner_recurrence": "inner_loops",
+    "freeze_strategy": "freeze",
+    "exit_t": "threshold",
+    "ema_embeds": "embedding_ema",
+    "state_noise_mixing": "noise",
+    "dampened_state_mixer": "dampened",
+    "sqrt_mixer": "sqrt_mixer",
+    "headway": "headway",
+    "continuous_compute": "continuous",
+    "max_wavefront": "max_wavefront",
+    "full_prefill": "full_prefill",
+    "init_scale": "latent_scale",
+    "max_diffusion_steps": "max_steps",
+    "cache_lookup_strategy": "strategy",
+}
+
+
+def test_diffusion_forcing(case, model):
+    """Tokens, what is guessed and frozen after every step, loops of every position, all counts."""
+    readme = (case.folder / "README.md").read_text()
+    for run, kwargs in re.findall(r"^- (diffusion\d+) kwargs: (\{.*?\}):", readme, re.MULTILINE):
+        asked = {"state_noise_mixing": 0.5, "num_steps": 32} | json.loads(kwargs)
+        mode = asked.pop("_mode", None)
+        new, depth = asked.pop("max_new_tokens"), asked.pop("num_steps")
+        options = {OPTIONS[name]: value for name, value in asked.items()}
+        states = [case[name][0] for name in case.names(f"{run}:tape")]
+        assert bool(states) == (mode == "tape")
+        steps = list(
+            generation.generate_diffusion(
+                model,
+                [prompt_of(case)],
+                max_new_tokens=new,
+                depth=depth,
+                options=generation.DiffusionForcing(**options, may_rewrite_prompt=True),
+                config=GREEDY,
+                tape=generation.Tape(
+                    states or [np.zeros((1, model.config.width))],
+                    [case[name] for name in case.names(f"{run}:extra")],
+                )
+                if states or case.names(f"{run}:extra")
+                else None,
+            )
+        )
+        check_wave(case, run, steps)
+
+
+def check_wave(case, run, steps):
+    end = steps[-1]
+    frozen = int(end.frozen[0])
+    case.check(f"{run}:tokens", end.tokens[:, :frozen])
+    case.check(f"{run}:num_core_forward_passes", end.core_passes[0])
+    case.check(f"{run}:num_tokens_forward", end.position_passes[0])
+    case.check(f"{run}:num_cache_clears", end.cache_clears[0])
+    case.check(f"{run}:num_standing_waves", end.standing_waves[0])
+    case.check(f"{run}:diffusion_steps", end.steps[0])
+    case.check(f"{run}:gen_seq_length", end.length[0])
+    case.check(f"{run}:recurrence_per_position", end.loops[:, :frozen])
+    case.check(f"{run}:token_stable_per_position", end.stable[:, :frozen])
+    width = case[f"{run}:token_tablet"].shape[1]
+
+    def tablet(counts):
+        shown = np.stack([step.tokens[0, :width] for step in steps[1:]])
+        counts = np.stack([count[0] for count in counts])[1:, None]
+        return np.where(np.arange(width) < counts, shown, 0)
+
+    case.check(f"{run}:token_tablet", tablet([step.length for step in steps]))
+    case.check(f"{run}:frozen_tablet", tablet([step.frozen for step in steps]))
+
+
+def test_speculative_decoding(case, model):
+    """Draft, lookahead and depth are those of the README."""
+    name = "speculative_tokens"
+    if name not in case:
+        return
+    readme = (case.folder / "README.md").read_text()
+    said = re.search(
+        rf"`{name}`: draft_steps=(\d+), lookahead (\d+), verify r=(\d+), (\d+) new tokens", readme
+    )
+    draft_depth, lookahead, depth, new = map(int, said.groups())
+    *_, end = generation.generate_speculative(
+        model,
+        [prompt_of(case)],
+        max_new_tokens=new,
+        draft_depth=draft_depth,
+        lookahead=lookahead,
+        depth=depth,
+        config=GREEDY,
+    )
+    case.check(name, end.tokens[:, : int(end.length[0])])
+
+
+def prompt_of(case) -> list[int]:
+    """The prompt of row 0 that the README speaks of."""
+    readme = (case.folder / "README.md").read_text()
+    length = int(re.search(r"prompt = first (\d+) tokens", readme)[1])
+    return case["input_ids"][0, :length].tolist()
 
 
 def test_the_table_round_trips(case, model, tmp_path):
@@ -133,7 +310,7 @@ def test_the_table_round_trips(case, model, tmp_path):
 
 def test_every_array_was_looked_at(case):
     """Last in this file: the tests above share the case and say what they have looked at."""
-    case.assert_all_looked_at(LEFT_TO_RECURRENT_DEPTH_INFERENCE)
+    case.assert_all_looked_at()
 
 
 def deepest(case) -> int:

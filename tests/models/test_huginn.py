@@ -202,7 +202,7 @@ def test_cached_decoding_equals_the_full_pass(model, depth):
         parts.append(new)
         begin += size
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=TOLERANCE)
-    assert cache.length == 9
+    assert cache.kv.length == 9
 
 
 def test_left_padded_prompts_equal_unpadded_ones(model):
@@ -221,8 +221,8 @@ def test_left_padded_prompts_equal_unpadded_ones(model):
 
 
 def test_the_cache_has_a_slot_for_every_executed_block(model):
-    assert model.init_state(2, capacity=9, depth=5).v.shape == (1 + 5 * 2 + 1, 2, 2, 9, 8)
-    assert model.init_state(2, capacity=9).k.shape[0] == 1 + 3 * 2 + 1
+    assert model.init_state(2, capacity=9, depth=5).kv.v.shape == (1 + 5 * 2 + 1, 2, 2, 9, 8)
+    assert model.init_state(2, capacity=9).kv.k.shape[0] == 1 + 3 * 2 + 1
 
 
 # Precision, memory, training
