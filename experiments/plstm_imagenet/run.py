@@ -1,0 +1,100 @@
+"""pLSTM-Vis on ImageNet-1k as published: pretraining at 192 x 192, then fine-tuning at 224 x 224.
+
+--data is a folder with train/<class>/*.JPEG and val/<class>/*.JPEG. A run that was stopped goes on
+with the same command. With --plan nothing is read or trained: sizes and steps are printed.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxrec.models.plstm_vision import VISION_B, VISION_S, VISION_T, PLSTMVisionConfig
+from jaxrec.training.checkpoint import Checkpoints
+from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.data.images import ImageFolder
+from jaxrec.training.images import ImageSettings, ImageSteps, train_images
+
+MODELS = {"T": VISION_T, "S": VISION_S, "B": VISION_B}
+PRETRAINED = {
+    "T": ImageSettings(),
+    "S": ImageSettings(epochs=400),
+    "B": ImageSettings(
+        epochs=400, optimizer=dataclasses.replace(ImageSettings().optimizer, learning_rate=3e-3)
+    ),
+}
+FINE_TUNED = ImageSettings(
+    epochs=20,
+    batch=512,
+    loss="one",
+    smoothing=0.1,
+    repeats=1,
+    save_epochs=1,
+    optimizer=OptimizerConfig(
+        learning_rate=1e-5, beta2=0.999, weight_decay=0.1, clip_norm=1.0, final_fraction=0.1
+    ),
+)
+IMAGES = 1_281_167
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="T")
+    parser.add_argument("--data", type=Path, help="folder with train and val")
+    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--fine-tune", type=Path, help="the pretraining run that this one begins with"
+    )
+    parser.add_argument("--mesh", default="data=1", help="devices, such as data=8")
+    parser.add_argument("--workers", type=int, default=32, help="threads that read images")
+    parser.add_argument("--plan", action="store_true", help="print sizes, read and train nothing")
+    options = parser.parse_args()
+    config, settings, size = published(options.model, fine_tune=options.fine_tune is not None)
+    settings = dataclasses.replace(settings, mesh=options.mesh)
+    if options.plan:
+        print(json.dumps(plan(config, settings, size), indent=2))
+        return
+    if options.data is None or options.out is None:
+        parser.error("--data and --out are needed to train")
+    train, valid = (
+        ImageFolder(options.data / part, size, workers=options.workers) for part in ("train", "val")
+    )
+    start = None
+    if options.fine_tune is not None:
+
+        def start(steps: ImageSteps) -> Any:
+            with Checkpoints(options.fine_tune / "checkpoints", read_only=True) as saved:
+                last = saved.latest_step()
+                if last is None:
+                    parser.error(f"{options.fine_tune} holds no checkpoint")
+                return saved.restore_params(last, steps.abstract["params"])
+
+    results = train_images(
+        config, train, valid, settings, options.out, start=start, stream=sys.stderr
+    )
+    print(json.dumps({"accuracy": results.accuracy, "steps": results.steps}))
+
+
+def published(name: str, *, fine_tune: bool) -> tuple[PLSTMVisionConfig, ImageSettings, int]:
+    """The model, which keeps the positions of 192 x 192 and resizes them; the run; its images."""
+    return MODELS[name], FINE_TUNED if fine_tune else PRETRAINED[name], 224 if fine_tune else 192
+
+
+def plan(config: PLSTMVisionConfig, settings: ImageSettings, size: int) -> dict[str, Any]:
+    """What a run is, from shapes alone."""
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+        "image": size,
+        "steps": settings.epochs * (IMAGES // settings.batch),
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+if __name__ == "__main__":
+    main()

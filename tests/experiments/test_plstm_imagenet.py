@@ -1,0 +1,52 @@
+"""The published runs on ImageNet: their sizes, and that a step of each fits together."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrec.training import sharding
+from jaxrec.training.data.images import Images
+from jaxrec.training.images import build_image_steps
+from tests.experiments.smoke import EXPERIMENTS
+
+RUN = EXPERIMENTS / "plstm_imagenet" / "run.py"
+
+
+def module():
+    spec = importlib.util.spec_from_file_location("plstm_imagenet_run", RUN)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.slow  # six models to trace with their gradients
+@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("name", ["T", "S", "B"])
+def test_a_step_has_the_shapes_it_should(name, fine_tune):
+    config, settings, size = module().published(name, fine_tune=fine_tune)
+    steps = build_image_steps(config, settings, sharding.build_mesh("data=1"), 100)
+    batch = Images(
+        jax.ShapeDtypeStruct((settings.batch, size, size, 3), np.uint8),
+        jax.ShapeDtypeStruct((settings.batch,), np.int32),
+    )
+    state, loss = steps.train.lower(steps.abstract, batch).out_info
+    assert loss.shape == () and loss.dtype == np.float32
+    same = jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, steps.abstract
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_the_plan_is_printed():
+    done = subprocess.run(
+        [sys.executable, str(RUN), "--model", "B", "--plan"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert round(plan["parameters"] / 1e6) == 89 and plan["image"] == 192
+    assert plan["steps"] == 400 * (1_281_167 // 2048)
