@@ -12,11 +12,13 @@ Pöppel et al., pLSTM: parallelizable linear source transition mark networks (20
 arXiv:2506.11997, section 4.3.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxrec.ops.time import GridGates, grid_scan
 
@@ -102,24 +104,32 @@ def impulse_response(
     """
     if not all(0 <= at < size for at, size in zip(source, shape, strict=True)):
         raise ValueError(f"impulse_response: source {source} lies outside of the grid {shape}.")
-    nodes = (1, *shape)
+    sent = jnp.zeros(shape).at[source].set(1.0)
+    return np.asarray(_received(gates, sent, orientations))
+
+
+@functools.partial(jax.jit, static_argnames="orientations")
+def _received(gates: GridGates, sent: Array, orientations: tuple[int, ...]) -> Array:
+    nodes = (1, *sent.shape)
     wide = jax.tree.map(lambda gate: jnp.full((*nodes, len(orientations), 1), gate), gates)
-    ones = jnp.ones((*nodes, 1, 1))
-    sent = jnp.zeros((*nodes, 1, 1)).at[0, source[0], source[1]].set(1.0)
-    direct = jnp.zeros((*nodes, 1))
-    run = jax.jit(lambda *x: grid_scan(*x, orientation=orientations))
-    return np.asarray(run(ones, ones, sent, wide, direct))[0, :, :, 0, 0]
+    ones, direct = jnp.ones((*nodes, 1, 1)), jnp.zeros((*nodes, 1))
+    y = grid_scan(ones, ones, sent.reshape(ones.shape), wide, direct, orientation=orientations)
+    return y[0, :, :, 0, 0]
 
 
-def impulse_figure(side: int = 33, *, angles: tuple[float, ...] = (0.25, 0.5, 0.75)) -> Any:
+def impulse_figure(
+    side: int = 33, *, angles: tuple[float, ...] = (0.25, 0.5, 0.75), figure: Any = None
+) -> Any:
     """Draws mode P along several directions, from all corners, and mode D without and with decay.
 
     Args:
       side: nodes along each axis, >= 8.
       angles: a of the first panels, in [0, 1].
+      figure: an empty `matplotlib.figure.Figure` to draw on, such as that of a notebook; None makes
+        one that can be saved.
 
     Returns:
-      A `matplotlib.figure.Figure`, to save or to show.
+      The figure.
 
     Raises:
       ValueError: the grid is smaller.
@@ -138,8 +148,9 @@ def impulse_figure(side: int = 33, *, angles: tuple[float, ...] = (0.25, 0.5, 0.
         ("D, t = 1", diffusion(), corner, ORIENTATIONS[:1]),
         ("D, t = 0.9, all orientations", diffusion(0.9, 0.9), middle, ORIENTATIONS),
     ]
-    figure = Figure(figsize=(2.4 * len(panels), 2.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    if figure is None:
+        figure = Figure(figsize=(2.4 * len(panels), 2.9), layout="constrained")
+        FigureCanvasAgg(figure)
     for axes, (title, gates, source, orientations) in zip(
         figure.subplots(1, len(panels), sharey=True), panels, strict=True
     ):
