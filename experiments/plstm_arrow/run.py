@@ -27,7 +27,7 @@ from jaxrec.training.classification import (
     train_classifier,
 )
 from jaxrec.training.config import OptimizerConfig
-from jaxrec.training.data.arrows import ArrowsConfig, pictures
+from jaxrec.training.data.arrows import WHITE, ArrowsConfig, pictures
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "D only": {"modes": ("D", "D")},
 }
 NAMES = (*VARIANTS, "ViT")
+DRAWN = 1000  # pictures at once: all of the published ones with three channels are 11 GB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,15 @@ class Scale:
         )
 
     def of(self, size: int, seed: int, count: int) -> Examples:
-        """Black on white turned into white on black, so that nothing is zero."""
+        """White on black, so that nothing is zero; all channels are the same and kept once."""
         config = dataclasses.replace(self.arrows, image_size=(size, size), seed=seed)
-        images, labels = pictures(config, 0, count)
-        levels = np.broadcast_to(255 - images[..., :1], (*images.shape[:3], self.inputs))
-        return Examples(levels, labels)
+        levels = np.empty((count, size, size, 1), np.uint8)
+        labels = np.empty(count, np.int32)
+        for start in range(0, count, DRAWN):
+            part = slice(start, min(count, start + DRAWN))
+            images, labels[part] = pictures(config, start, part.stop - start)
+            levels[part] = WHITE - images[..., :1]
+        return Examples(np.broadcast_to(levels, (count, size, size, self.inputs)), labels)
 
 
 SMALL = Scale(

@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
+    "plstm": "experiments/plstm_lm",
     "plstm_vision": "experiments/plstm_arrow",
     "recurrentgemma": "experiments/linear_rnn_lm",
     "sequence_classifier": "experiments/s4_lssl",

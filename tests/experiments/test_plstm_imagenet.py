@@ -1,5 +1,6 @@
 """The published runs on ImageNet: their sizes, and that a step of each fits together."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrec.models.plstm_vision import vision_config
 from jaxrec.training import sharding
 from jaxrec.training.data.images import Images
 from jaxrec.training.images import build_image_steps
@@ -22,6 +24,25 @@ def module():
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def test_gates_begin_by_reading_their_input():
+    run = module()
+    small = vision_config(width=16, heads=2, layers=1, patch=4, grid=(2, 2), classes=2)
+    settings = dataclasses.replace(run.PRETRAINED["T"], batch=2)
+    steps = build_image_steps(small, settings, sharding.build_mesh("data=1"), 1)
+    before, after = steps.init()["params"], run.drawn_gates(steps)
+
+    def spread(params, *path):
+        for name in path:
+            params = params[name]
+        return float(np.std(params))
+
+    for path in (("first", "mixer", "angle"), ("second", "mixer", "mark_u", "map")):
+        assert spread(before, "blocks", *path, "weight") == 0
+        assert spread(after, "blocks", *path, "weight") > 0.05
+    same = ("blocks", "first", "mixer", "shared", "query", "weight")
+    assert spread(before, *same) == spread(after, *same) > 0
 
 
 @pytest.mark.slow  # six models to trace with their gradients
