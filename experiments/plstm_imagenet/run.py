@@ -64,13 +64,17 @@ def main() -> None:
         return
     if options.data is None or options.out is None:
         parser.error("--data and --out are needed to train")
-    train, valid = (
-        ImageFolder(options.data / part, size, workers=options.workers) for part in ("train", "val")
-    )
     start = drawn_gates if options.fine_tune is None else parameters_of(options.fine_tune)
-    results = train_images(
-        config, train, valid, settings, options.out, start=start, stream=sys.stderr
-    )
+    try:
+        train, valid = (
+            ImageFolder(options.data / part, size, workers=options.workers)
+            for part in ("train", "val")
+        )
+        results = train_images(
+            config, train, valid, settings, options.out, start=start, stream=sys.stderr
+        )
+    except UserError as error:
+        parser.error(str(error))
     print(json.dumps({"accuracy": results.accuracy, "steps": results.steps}))
 
 

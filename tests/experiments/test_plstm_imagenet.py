@@ -71,3 +71,11 @@ def test_the_plan_is_printed():
     plan = json.loads(done.stdout)
     assert round(plan["parameters"] / 1e6) == 89 and plan["image"] == 192
     assert plan["steps"] == 400 * (1_281_167 // 2048)
+
+
+def test_a_folder_that_is_missing_is_one_line(tmp_path):
+    command = [sys.executable, str(RUN), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"There is no folder {tmp_path / 'train'}." in done.stderr
+    assert "Traceback" not in done.stderr
