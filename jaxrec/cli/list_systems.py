@@ -13,8 +13,11 @@ EXPERIMENTS = {
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
+    "plstm": "experiments/plstm_lm",
+    "plstm_vision": "experiments/plstm_arrow",
     "recurrentgemma": "experiments/linear_rnn_lm",
     "sequence_classifier": "experiments/s4_lssl",
+    "vit": "experiments/plstm_arrow",
 }
 GOLDEN = {
     "graph_classifier": "tests/golden/test_plstm_graphs.py",

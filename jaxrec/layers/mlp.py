@@ -1,4 +1,4 @@
-"""The gated feed-forward layer."""
+"""Feed-forward layers, gated and not."""
 
 from collections.abc import Callable
 
@@ -42,3 +42,25 @@ class GatedMLP(nnx.Module):
         """Maps (b t d) to (b t d) through the inner width."""
         with jax.named_scope("mlp"):
             return self.out(self.activation(self.gate(x)) * self.up(x))
+
+
+class MLP(nnx.Module):
+    """y = W_out act(W_up x + b_up) + b_out."""
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        *,
+        init: Initializer,
+        activation: Callable[[Array], Array],
+        rngs: nnx.Rngs,
+    ):
+        self.up = Linear(width, inner, init=init, axes=("embed", "mlp"), bias=True, rngs=rngs)
+        self.out = Linear(inner, width, init=init, axes=("mlp", "embed"), bias=True, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (b t d) to (b t d) through the inner width."""
+        with jax.named_scope("mlp"):
+            return self.out(self.activation(self.up(x)))

@@ -24,7 +24,7 @@ from jaxrec.layers.plstm import Mode, PLSTMGridConfig
 from jaxrec.layers.plstm_block import Block, GridBlockConfig, NormConfig, dropped
 from jaxrec.layers.plstm_gates import GateConfig, TransitionConfig, small_init
 from jaxrec.ops.depth import remat_scan
-from jaxrec.ops.resize import bicubic
+from jaxrec.ops.patches import patches
 
 Pooling = Literal["corners", "mean", "sum", "center"]
 CORNERS = ((0, 0), (-1, 0), (0, -1), (-1, -1))
@@ -146,12 +146,8 @@ class PLSTMVision(nnx.Module):
             raise ValueError("PLSTMVision: images have no lengths.")
         if config.channels_first and images.ndim == 4:
             images = jnp.moveaxis(images, 1, -1)
-        x = self._patches(images)
-        if self.position is not None:
-            position = self.position[...].astype(x.dtype)
-            if position.shape != x.shape[1:]:
-                position = bicubic(position, (x.shape[1], x.shape[2]))
-            x = x + position[None]
+        kernel, bias = self.patch_kernel[...], self.patch_bias[...]
+        x = patches(images, kernel, bias, None if self.position is None else self.position[...])
         x = constrain(x, "batch", None, None, None)
         keys = None if key is None else jax.random.split(key, config.layers)
 
@@ -166,31 +162,6 @@ class PLSTMVision(nnx.Module):
             if config.logits_soft_cap is None:
                 return logits
             return config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)
-
-    def _patches(self, images: Array) -> Array:
-        """Pixels (b X Y c) to the stream (b x y d)."""
-        side, channels = self.config.patch, self.config.inputs
-        if (
-            images.ndim != 4
-            or images.shape[3] != channels
-            or not jnp.issubdtype(images.dtype, jnp.floating)
-        ):
-            raise ValueError(
-                f"PLSTMVision: images must be float (b x y {channels}), got {images.dtype}"
-                f" {images.shape}."
-            )
-        batch, width, height, _ = images.shape
-        if width % side or height % side or not width or not height:
-            raise ValueError(
-                f"PLSTMVision: the sides of images must be multiples of the patch's {side}, got"
-                f" {width} x {height}. Resize or pad them."
-            )
-        kernel = self.patch_kernel[...]
-        x = images.astype(kernel.dtype)
-        x = x.reshape(batch, width // side, side, height // side, side, channels)
-        x = jnp.swapaxes(x, 2, 3).reshape(batch, width // side, height // side, -1)
-        x = jnp.tensordot(x, kernel.reshape(-1, kernel.shape[-1]), axes=1)
-        return x + self.patch_bias[...].astype(x.dtype)[None, None, None]
 
     def _pooled(self, x: Array) -> Array:
         """(b x y d) to (b d), or (b 4*d) of the corners."""

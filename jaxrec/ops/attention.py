@@ -3,6 +3,8 @@ value.
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(k)) v_s   over s <= t in the segment of t
 
+Without a view, as over the patches of an image, the sum is over all s.
+
 Vaswani et al., Attention is all you need (2017), arXiv:1706.03762; grouped heads: Ainslie et al.
 (2023), arXiv:2305.13245.
 
@@ -229,7 +231,7 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    view: View,
+    view: View | None,
     *,
     window: int | None = None,
     method: Method = "auto",
@@ -240,7 +242,8 @@ def attend(
       q: queries (b t h k).
       k: keys (b s g k) with g dividing h: each key head serves h/g query heads in a row.
       v: values (b s g k).
-      view: which sources a query sees; a query that sees none returns the mean of all values.
+      view: which sources a query sees; a query that sees none returns the mean of all values. None:
+        every query sees every source.
       window: that of the view; "blocked" leaves out keys that are out of it for a whole block.
       method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of
         blocks; "library" is `jax.nn.dot_product_attention`, which has fused kernels on
@@ -265,25 +268,28 @@ def attend(
     return (blocked if method == "blocked" else _library)(q, k, v, view)
 
 
-def _library(q: Array, k: Array, v: Array, view: View) -> Array:
-    mask = None if view.mask is None else view.mask[:, None]
+def _library(q: Array, k: Array, v: Array, view: View | None) -> Array:
+    mask = None if view is None or view.mask is None else view.mask[:, None]
+    causal = view is not None and mask is None
     # JAX widens bfloat16 scores by implicit promotion, which strict mode would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
 
 
-def _blocked(q: Array, k: Array, v: Array, view: View, *, window: int | None) -> Array:
+def _blocked(q: Array, k: Array, v: Array, view: View | None, *, window: int | None) -> Array:
     batch, time, heads, width = q.shape
     source, groups = k.shape[1], k.shape[2]
-    mask = view.mask
+    mask = None if view is None else view.mask
     if mask is None:
-        mask = jnp.tril(jnp.ones((time, source), jnp.bool_))[None]
+        mask = jnp.ones((time, source), jnp.bool_)[None]
+        mask = mask if view is None else jnp.tril(mask)
     bias = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
     # Heads before time, so that each product is a plain matrix product per head.
     q = q.reshape(batch, time, groups, heads // groups, width)
     q, k, v = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     # Only where nothing was cached before (t = s) do positions in q and k agree.
-    blocks = BLOCKS if time == source and time >= 16 * BLOCKS else 1
+    halved = view is not None and time == source and time >= 16 * BLOCKS
+    blocks = BLOCKS if halved else 1
     ends = [time * (i + 1) // blocks for i in range(blocks)]
     parts = []
     for begin, end in zip([0, *ends], ends, strict=False):

@@ -6,6 +6,8 @@ matrices and norms move at a rate of their own, usually smaller, and do not deca
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +38,8 @@ STATE_SPACE_PARAMETERS = (
 class Examples(NamedTuple):
     """Sequences or images and their labels, in NumPy."""
 
-    inputs: np.ndarray  # float32 (b t inputs), of images (b x y inputs)
+    # float32 (b t inputs), of images (b x y inputs); or uint8, of which 255 is read as 1.
+    inputs: np.ndarray
     labels: np.ndarray  # int32 (b)
     lengths: np.ndarray | None = None  # int32 (b), valid steps; None: all
 
@@ -118,24 +121,11 @@ def train_classifier(
             f"train_classifier: a batch of {settings.batch} needs as many examples, got {count}."
         )
     steps_per_epoch = count // settings.batch
+    steps = settings.epochs * steps_per_epoch
+    graph, start, step = _trainer(config, dataclasses.replace(settings, seed=0), steps)
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
-    model = jax.jit(lambda key: config.build(rngs=nnx.Rngs(key)))(init_key)
-    graph, variables = nnx.split(model)
-    params = nnx.to_pure_dict(variables)
-    optimizer = optimizer_for(params, settings, settings.epochs * steps_per_epoch)
-
-    @jax.jit
-    def step(params: Any, moments: Any, batch: Examples, key: Array) -> tuple[Any, Any, Array]:
-        def loss(params: Any) -> Array:
-            logits = nnx.merge(graph, params)(batch.inputs, batch.lengths, key=key)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-            return jnp.mean(losses)
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments, value
-
-    moments, losses = jax.jit(optimizer.init)(params), []
+    params, moments = start(init_key)
+    losses = []
     order = np.random.default_rng(settings.seed)
     for epoch in range(settings.epochs):
         shuffled = order.permutation(count)
@@ -149,6 +139,45 @@ def train_classifier(
     return ClassificationResults(model, np.array(losses), accuracy(model, data.valid))
 
 
+@functools.cache
+def _trainer(
+    config: Any, settings: ClassificationSettings, steps: int
+) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """The model without its parameters, what begins a run, and one step of it; runs that differ in
+    their seed share what is compiled.
+    """
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    graph, variables = nnx.split(model)
+    optimizer = optimizer_for(nnx.to_pure_dict(variables), settings, steps)
+
+    @jax.jit
+    def start(key: Array) -> tuple[Any, Any]:
+        params = nnx.to_pure_dict(nnx.split(config.build(rngs=nnx.Rngs(key)))[1])
+        return params, optimizer.init(params)
+
+    @jax.jit
+    def step(params: Any, moments: Any, batch: Examples, key: Array) -> tuple[Any, Any, Array]:
+        def loss(params: Any) -> Array:
+            logits = nnx.merge(graph, params)(_numbers(batch.inputs), batch.lengths, key=key)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            return jnp.mean(losses)
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments, value
+
+    return graph, start, step
+
+
+def _numbers(inputs: Array | np.ndarray) -> Array | np.ndarray:
+    return inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
+
+
+@jax.jit
+def _predicted(model: Any, x: Examples, options: dict[str, Any]) -> Array:
+    return jnp.argmax(model(_numbers(x.inputs), x.lengths, **options), axis=-1)
+
+
 def accuracy(model: Any, examples: Examples, *, batch: int = 256, **options: Any) -> float:
     """Share of the examples whose label has the largest logit.
 
@@ -158,11 +187,10 @@ def accuracy(model: Any, examples: Examples, *, batch: int = 256, **options: Any
       batch: examples at once.
       **options: further arguments of the model, such as step_rescale.
     """
-    predict = jax.jit(lambda model, x: jnp.argmax(model(x.inputs, x.lengths, **options), axis=-1))
     right = 0
     for begin in range(0, examples.labels.shape[0], batch):
         part = jax.tree.map(lambda leaf, begin=begin: leaf[begin : begin + batch], examples)
-        right += int(np.sum(np.asarray(predict(model, part)) == part.labels))
+        right += int(np.sum(np.asarray(_predicted(model, part, options)) == part.labels))
     return right / examples.labels.shape[0]
 
 

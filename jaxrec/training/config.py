@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from jaxrec.errors import UserError, nearest
 from jaxrec.ops.depth.remat import REMAT_POLICIES, RematPolicy
 
-Optimizer = Literal["adamw", "adam_atan2"]
+Optimizer = Literal["adamw", "adam_atan2", "lamb"]
 Schedule = Literal["cosine", "trapezoid", "constant"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -23,7 +23,8 @@ class OptimizerConfig:
     """The update rule and the learning rate over the run."""
 
     name: Optimizer = "adamw"
-    """adamw, or adam_atan2: the rule Huginn was trained with (arXiv:2502.05171)."""
+    """adamw; adam_atan2: the rule Huginn was trained with (arXiv:2502.05171); or lamb, for large
+    batches (arXiv:1904.00962)."""
     learning_rate: float = 2e-3
     """Peak learning rate, > 0."""
     beta1: float = 0.9
@@ -31,11 +32,11 @@ class OptimizerConfig:
     beta2: float = 0.95
     """Decay of the second moment per step, in [0, 1)."""
     epsilon: float = 1e-8
-    """adamw: added to the root of the second moment. adam_atan2: its square is the least second
-    moment. > 0."""
+    """adamw, lamb: added to the root of the second moment. adam_atan2: its square is the least
+    second moment. > 0."""
     weight_decay: float = 0.1
     """Share of a weight removed per step: times the learning rate in adamw, times learning rate /
-    peak in adam_atan2."""
+    peak in adam_atan2; lamb scales it as all of its step."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient, > 0; None leaves the gradient as it is."""
     schedule: Schedule = "cosine"

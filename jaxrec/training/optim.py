@@ -48,8 +48,36 @@ def build(
         clip,
         scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask),
+        optax.identity() if config.name == "adamw" else scale_by_trust(mask, stacked),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def scale_by_trust(mask: Params, stacked: Params) -> optax.GradientTransformation:
+    """LAMB's last part: a step is made as long as its tensor, u <- u |p| / |u|.
+
+    Tensors without weight decay keep theirs, as in the implementation that image classifiers are
+    trained with, and so do those of length zero.
+
+    Args:
+      mask: boolean per parameter, True where weight decay applies.
+      stacked: leading layer axes per parameter; lengths are taken per layer.
+
+    You et al., Large batch optimization for deep learning (2019), arXiv:1904.00962, algorithm 2.
+    """
+
+    def scaled(u: Array, p: Array, decays: bool, layer_axes: int) -> Array:
+        if not decays:
+            return u
+        within = tuple(range(layer_axes, u.ndim))
+        size, step = (jnp.sqrt(jnp.sum(x * x, axis=within, keepdims=True)) for x in (p, u))
+        known = (size > 0) & (step > 0)
+        return u * jnp.where(known, size / jnp.where(known, step, 1.0), 1.0)
+
+    def update(updates: Params, params: Params | None) -> Params:
+        return jax.tree.map(scaled, updates, params, mask, stacked)
+
+    return optax.stateless(update)
 
 
 def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -4,10 +4,15 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from jaxrec.models.graph_classifier import GraphClassifierConfig
 from jaxrec.training.data.graphs import made_graphs
+from jaxrec.training.graphs import bucketed, ordered
 from tests.experiments.smoke import EXPERIMENTS, smoke
+from tests.models import toy
 
 
 @pytest.mark.slow  # two models to compile
@@ -16,6 +21,21 @@ def test_smoke(tmp_path):
     for name in ("with transitions", "neighbours only"):
         [accuracy] = tasks["reachability"][name]["accuracy"]
         assert 0 <= accuracy <= 1
+
+
+@pytest.mark.parametrize(("features", "classes"), [(7, 2), (37, 2), (3, 2), (18, 2)])
+def test_the_published_model_fits_a_batch(features, classes):
+    """MUTAG, NCI1, PROTEINS and PTC_FM have so many labels of nodes; shapes only."""
+    graphs = ordered(made_graphs("molecules", 64, seed=0))
+    [bucket] = bucketed(
+        [one._replace(shapes=max(other.shapes for other in graphs)) for one in graphs]
+    )
+    nodes = np.zeros((*bucket.inputs.nodes.shape[:2], features), np.float32)
+    inputs = bucket.inputs._replace(nodes=nodes)
+    config = GraphClassifierConfig(features=features, classes=classes)
+    assert (config.width, config.heads, config.layers) == (96, 4, 2)
+    logits = jax.eval_shape(lambda x: toy.abstract(config)(x), inputs)
+    assert logits.shape == (64, classes) and logits.dtype == np.float32
 
 
 @pytest.mark.slow  # a model of full size, over its whole schedule

@@ -1,4 +1,4 @@
-"""The gated MLP against its formula."""
+"""MLPs against their formulas."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.linear import truncated_normal
-from jaxrec.layers.mlp import GatedMLP
+from jaxrec.layers.mlp import MLP, GatedMLP
 from tests import references
 
 
@@ -44,3 +44,16 @@ def test_the_inner_width_is_split_over_the_model_axis():
     mlp = build()
     assert mlp.gate.kernel.get_metadata("axes") == ("embed", "mlp")
     assert mlp.out.kernel.get_metadata("axes") == ("mlp", "embed")
+
+
+def test_the_plain_one_equals_its_formula():
+    make = functools.partial(MLP, 4, 6, init=truncated_normal(0.5), activation=jax.nn.silu)
+    mlp = jax.jit(lambda key: make(rngs=nnx.Rngs(key)))(jax.random.key(0))
+    mlp = jax.tree.map(lambda leaf: leaf + 0.1, mlp)
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    state = nnx.to_pure_dict(nnx.split(mlp)[1])
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state)
+    up, out = wide["up"], wide["out"]
+    inner = references.silu(x.astype(np.float64) @ up["kernel"] + up["bias"])
+    want = inner @ out["kernel"] + out["bias"]
+    np.testing.assert_allclose(jax.jit(lambda mlp, x: mlp(x))(mlp, x), want, atol=3e-6)

@@ -26,6 +26,11 @@ def drawn(config):
     return nnx.merge(graph, jax.device_put(drawn))
 
 
+def abstract(config):
+    """The model of a configuration as shapes; only to be traced, under `jax.eval_shape`."""
+    return config.build(rngs=nnx.Rngs(0))
+
+
 def parameters(config) -> int:
     """How many numbers the model of a configuration has; none is allocated."""
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))

@@ -188,6 +188,16 @@ def test_grouped_heads_equal_one_query_and_one_head_at_a_time(method, time, key_
     np.testing.assert_allclose(attend(q, k, v, view, method), want, atol=1.5e-6)
 
 
+@methods
+@pytest.mark.parametrize("time", [6, 67])
+def test_without_a_view_all_see_all(method, time):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, time, 4, 3)).astype(np.float32)
+    everything = np.ones((2, time, time), bool)
+    want = references.attend(*(x.astype(np.float64) for x in (q, k, v)), everything)
+    np.testing.assert_allclose(attend(q, k, v, None, method), want, atol=1.5e-6)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_methods_have_the_same_gradients(packed):
     """Over several blocks of queries; the laws compare one block with the loop."""

@@ -54,6 +54,19 @@ def test_it_learns_and_a_second_run_is_the_same():
     assert first.accuracy == accuracy(first.model, DATA.valid, batch=7)
 
 
+def test_bytes_are_read_as_numbers_from_0_to_1():
+    data = jax.tree.map(lambda leaf: leaf, DATA)
+    levels = [np.nan_to_num(np.clip(part.inputs, 0, 1) * 255).astype(np.uint8) for part in data]
+    as_bytes, as_floats = (
+        ClassificationData(*(part._replace(inputs=x) for part, x in zip(data, inputs, strict=True)))
+        for inputs in (levels, [x.astype(np.float32) / 255 for x in levels])
+    )
+    short = dataclasses.replace(SETTINGS, epochs=1)
+    want, got = (train_classifier(CONFIG, data, short) for data in (as_floats, as_bytes))
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+    assert got.accuracy == want.accuracy
+
+
 def test_state_space_parameters_have_their_rate_and_no_decay():
     """With a gradient of zero only the decay moves; with one of 1, Adam moves each by its rate."""
     model = jax.jit(lambda key: CONFIG.build(rngs=nnx.Rngs(key)))(jax.random.key(0))

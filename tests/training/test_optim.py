@@ -62,8 +62,22 @@ def naive_adamw(config, p, gradients, rates, decays):
     return p
 
 
+def naive_lamb(config, p, gradients, rates, decays):
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m = config.beta1 * m + (1 - config.beta1) * g
+        v = config.beta2 * v + (1 - config.beta2) * g**2
+        step = m / (1 - config.beta1**t) / (np.sqrt(v / (1 - config.beta2**t)) + config.epsilon)
+        if decays:
+            step = step + config.weight_decay * p
+            step = step * np.linalg.norm(p) / np.linalg.norm(step)
+        p = p - lr * step
+    return p
+
+
 @pytest.mark.parametrize(
-    ("name", "naive"), [("adam_atan2", naive_adam_atan2), ("adamw", naive_adamw)]
+    ("name", "naive"),
+    [("adam_atan2", naive_adam_atan2), ("adamw", naive_adamw), ("lamb", naive_lamb)],
 )
 def test_equals_the_plain_loop(name, naive):
     config = OptimizerConfig(
@@ -112,6 +126,16 @@ def test_update_clipping_tames_a_spike():
         return float(jnp.abs(after["kernel"] - before["kernel"]).max())
 
     assert moved_by_spike(config) < 0.5 * moved_by_spike(config_adam)
+
+
+def test_lamb_moves_a_tensor_that_is_zero():
+    """Its length is no measure of a step, and a step of length zero has none either."""
+    config = OptimizerConfig(name="lamb", weight_decay=0.0, warmup_steps=0, schedule="constant")
+    zero, one = {"kernel": np.zeros((2, 2))}, {"kernel": np.ones((2, 2))}
+    np.testing.assert_allclose(
+        run(config, zero, [one], None)["kernel"], -config.learning_rate, rtol=1e-5
+    )
+    np.testing.assert_array_equal(run(config, one, [zero], None)["kernel"], one["kernel"])
 
 
 def test_a_zero_gradient_moves_nothing():

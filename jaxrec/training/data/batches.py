@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ IGNORED = -100  # a label that does not count
 
 HostBatch = dict[str, np.ndarray]
 Rows = slice | tuple[int, int]
+T = TypeVar("T")
 
 
 class Batches:
@@ -122,12 +124,12 @@ class Batches:
 
 
 def prefetch(
-    batches: Callable[[int, Rows], HostBatch],
+    batches: Callable[[int, Any], T],
     start: int = 0,
     stop: int | None = None,
     rows: Rows = slice(None),
     depth: int = 2,
-) -> Generator[tuple[int, HostBatch], None, None]:
+) -> Generator[tuple[int, T], None, None]:
     """Yields (step, batch) for start <= step < stop while a thread makes the next `depth` batches.
 
     Args:
@@ -140,7 +142,7 @@ def prefetch(
     Closing the iterator, or leaving it, ends the thread. What `batches` raises is raised here, at
     its step.
     """
-    waiting: deque[tuple[int, Future[HostBatch]]] = deque()
+    waiting: deque[tuple[int, Future[T]]] = deque()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
         for step in count(start) if stop is None else range(start, stop):
