@@ -612,22 +612,22 @@ def grid(method: str, mode: str, tile: int | None = None, **sizes: int) -> Subje
                 x[name] *= np.float32(0.4 / tracked["t"])
         return {}, x
 
-    def parts(np: Any, x: Any, reset: Any) -> tuple[Any, Any]:
+    def parts(x: Any, reset: Any) -> tuple[Any, Any]:
         gates = {name: x[name] for name in axes if name in x}
         if reset is not None:
             for name in gates.keys() & set(from_before):
                 begins = reset.reshape(*reset.shape, *(1 for _ in gates[name].shape[2:]))
-                gates[name] = np.where(begins, 0, gates[name])
+                gates[name] = gates[name] * (1 - begins.astype(gates[name].dtype))
         return [x[name] for name in ("q", "k", "v")], gates
 
     def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
         x = x | {n: x[n].astype(jnp.float32) for n in x.keys() & {*axes, "direct"}}
-        qkv, gates = parts(jnp, x, reset)
+        qkv, gates = parts(x, reset)
         gates = GridGates(**(dict.fromkeys(absent) | gates))
         return grid_scan(*qkv, gates, x["direct"], tile=tile, method=method), None
 
     def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
-        qkv, gates = parts(np, x, reset)
+        qkv, gates = parts(x, reset)
         return references.grid_scan(*qkv, gates, x["direct"]), None
 
     return Subject(

@@ -21,6 +21,7 @@ EXPERIMENTS = {
 }
 GOLDEN = {
     "graph_classifier": "tests/golden/test_plstm_graphs.py",
+    "hrm": "tests/golden/test_hrm.py",
     "huginn": "tests/golden/test_huginn.py",
     "linear_attention": "tests/golden/test_fla.py",
     "mamba": "tests/golden/test_mamba.py",

@@ -24,6 +24,7 @@ from jaxrec.errors import UserError, nearest
 Shape = tuple[int, ...]
 SYSTEMS = (
     "deer_elk",
+    "hrm",
     "huginn",
     "mamba",
     "mamba2",
@@ -72,6 +73,7 @@ class System:
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
     ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
+    prefix: str = ""  # of all names in the table, which a checkpoint may leave out in part
     # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
     repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
 
@@ -102,6 +104,22 @@ def transposed(source: str, target: str) -> Rule:
         return (x.T.reshape(shapes[0]),)
 
     return Rule(source, (target,), fold, lambda xs: xs[0].reshape(xs[0].shape[0], -1).T)
+
+
+def fused(source: str, *targets: str) -> Rule:
+    """Several linear maps stored as one (out, in), one after the other, each kept (in, out...)."""
+
+    def split(x: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        ends = np.cumsum([int(np.prod(shape[1:])) for shape in shapes])
+        if ends[-1] != x.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows cannot be cut at {ends}")
+        stretches = np.split(x, ends[:-1])
+        return [part.T.reshape(shape) for part, shape in zip(stretches, shapes, strict=True)]
+
+    def join(xs: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([x.reshape(x.shape[0], -1).T for x in xs])
+
+    return Rule(source, targets, split, join)
 
 
 def joined(sources: tuple[str, ...], target: str) -> Rule:
@@ -198,6 +216,7 @@ def find(system: str) -> System:
 def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     """Builds the model of `config` from the original's tensors; see `load` for what is refused."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    tensors = {_with_prefix(name, system.prefix): value for name, value in tensors.items()}
     graph, state = nnx.split(abstract)
     shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(state)).items()}
     filled: dict[str, np.ndarray] = {}
@@ -305,6 +324,14 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}. Fetch it again.") from error
     return tensors
+
+
+def _with_prefix(name: str, prefix: str) -> str:
+    """Completes a name that begins with the prefix, or with its end, or with none of it."""
+    for part in (prefix[i:] for i in range(len(prefix)) if i == 0 or prefix[i - 1] == "."):
+        if name.startswith(part):
+            return prefix + name.removeprefix(part)
+    return prefix + name
 
 
 def _rows(rule: Rule, tensors: Mapping[str, np.ndarray]) -> list[list[str]]:

@@ -1,12 +1,12 @@
 """Huginn checkpoints of the Hugging Face layout, `model_type` huginn_raven (arXiv:2502.05171)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxrec.convert import fields
-from jaxrec.convert.engine import Rule, Shape, System, same, transposed
+from jaxrec.convert.engine import Rule, System, fused, same, transposed
 from jaxrec.errors import UserError
 from jaxrec.models.huginn import HuginnConfig
 
@@ -66,23 +66,6 @@ def _write_config(config: HuginnConfig) -> dict[str, Any]:
     return data
 
 
-def _split_rows(tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-    """Outputs of a fused (out, in) map, one stretch of rows for each parameter (in, out...)."""
-    ends = np.cumsum([int(np.prod(shape[1:])) for shape in shapes])
-    if ends[-1] != tensor.shape[0]:
-        raise ValueError(f"{tensor.shape[0]} rows cannot be cut at {ends}")
-    stretches = np.split(tensor, ends[:-1])
-    return [part.T.reshape(shape) for part, shape in zip(stretches, shapes, strict=True)]
-
-
-def _join_rows(parameters: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([x.reshape(x.shape[0], -1).T for x in parameters])
-
-
-def _fused(source: str, *targets: str) -> Rule:
-    return Rule(source, targets, _split_rows, _join_rows)
-
-
 def _block(theirs: str, ours: str, config: HuginnConfig) -> list[Rule]:
     theirs = f"transformer.{theirs}.{{i}}."
     rules = [
@@ -90,13 +73,13 @@ def _block(theirs: str, ours: str, config: HuginnConfig) -> list[Rule]:
         same(f"{theirs}norm_2.weight", f"{ours}/attention_out_norm/scale"),
         same(f"{theirs}norm_3.weight", f"{ours}/mlp_norm/scale"),
         same(f"{theirs}norm_4.weight", f"{ours}/mlp_out_norm/scale"),
-        _fused(
+        fused(
             f"{theirs}attn.Wqkv.weight",
             f"{ours}/attention/query/kernel",
             f"{ours}/attention/key_value/kernel",
         ),
         transposed(f"{theirs}attn.proj.weight", f"{ours}/attention/out/kernel"),
-        _fused(f"{theirs}mlp.fc.weight", f"{ours}/mlp/gate/kernel", f"{ours}/mlp/up/kernel"),
+        fused(f"{theirs}mlp.fc.weight", f"{ours}/mlp/gate/kernel", f"{ours}/mlp/up/kernel"),
         transposed(f"{theirs}mlp.proj.weight", f"{ours}/mlp/out/kernel"),
     ]
     if config.qk_bias:

@@ -13,13 +13,14 @@ from jaxrec.ops import attention, rotary
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads.
+    """Self-attention with rotary positions and grouped key-value heads.
 
-    With `qk_bias`, a constant is added to queries and keys before the rotation; `bias` is that of
-    the projections to queries, keys and values, `out_bias` that of the last one. `rotary_base` is
-    the base of the angles, `rotary_pairing` how channels are paired (see `ops.rotary`), and
-    `rotary_width` how many channels of a head are rotated, the first ones; None: all. `window` is
-    the number of tokens that one sees, itself included; None: all.
+    Without `causal` every token sees every other one, and there is nothing to cache. With
+    `qk_bias`, a constant is added to queries and keys before the rotation; `bias` is that of the
+    projections to queries, keys and values, `out_bias` that of the last one. `rotary_base` is the
+    base of the angles, None for no rotation, `rotary_pairing` how channels are paired (see
+    `ops.rotary`), and `rotary_width` how many channels of a head are rotated, the first ones; None:
+    all. `window` is the number of tokens that one sees, itself included; None: all.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Attention(nnx.Module):
         qk_bias: bool = False,
         bias: bool = False,
         out_bias: bool = False,
-        rotary_base: float = 10000.0,
+        rotary_base: float | None = 10000.0,
         rotary_pairing: rotary.Pairing = "half",
         rotary_width: int | None = None,
         window: int | None = None,
+        causal: bool = True,
         init: Initializer,
         out_init: Initializer | None = None,
         rngs: nnx.Rngs,
@@ -46,6 +48,8 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"Attention: {heads} heads cannot share {kv_heads} key-value heads evenly."
             )
+        if window is not None and not causal:
+            raise ValueError("Attention: a window looks back, so it needs causal attention.")
         self.query = Linear(
             width,
             (heads, head_width),
@@ -80,6 +84,7 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_base, self.rotary_pairing = rotary_base, rotary_pairing
         self.rotary_width, self.window = rotary_width or head_width, window
+        self.causal = causal
 
     def init_state(self, batch: int, *, capacity: int, slots: int = 1) -> attention.KVCache:
         """An empty cache in the dtype of the weights for `capacity` tokens; for any number once
@@ -89,8 +94,10 @@ class Attention(nnx.Module):
         capacity = min(capacity, self.window or capacity)
         return attention.init_cache(slots, batch, capacity, self.kv_heads, self.head_width, dtype)
 
-    def angles(self, view: attention.View) -> rotary.Rotation:
+    def angles(self, view: attention.View) -> rotary.Rotation | None:
         """The rotation of the tokens in view; the same for all layers built alike."""
+        if self.rotary_base is None:
+            return None
         return rotary.rotation(view.positions, self.rotary_width, self.rotary_base)
 
     def __call__(
@@ -118,8 +125,13 @@ class Attention(nnx.Module):
 
         Returns:
           (b t d), and the cache with these tokens written.
+
+        Raises:
+          ValueError: there is a cache or segments, and attention is not causal.
         """
         batch, time, _ = x.shape
+        if not self.causal and not (cache is None and segment_ids is None):
+            raise ValueError("Attention: without causality there are no caches and no segments.")
         if view is None:
             view, cache = attention.open_view(cache, (batch, time), segment_ids, window=self.window)
         if angles is None:
@@ -130,8 +142,9 @@ class Attention(nnx.Module):
             if self.query_bias is not None and self.key_bias is not None:
                 q = q + self.query_bias[...].astype(q.dtype)[None, None]
                 k = k + self.key_bias[...].astype(k.dtype)[None, None]
-            q = rotary.rotate(q, angles, self.rotary_pairing)
-            k = rotary.rotate(k, angles, self.rotary_pairing)
+            if angles is not None:
+                q = rotary.rotate(q, angles, self.rotary_pairing)
+                k = rotary.rotate(k, angles, self.rotary_pairing)
             if cache is not None and extend is not None:
                 cache, k, v, view = extend(cache, slot, k, v, view)
             elif cache is not None and self.window is None:
@@ -139,5 +152,5 @@ class Attention(nnx.Module):
                 k, v = attention.read(cache, slot)
             elif cache is not None:
                 cache, k, v = attention.extend(cache, slot, k, v, view.start)
-            y = attention.attend(q, k, v, view, window=self.window)
+            y = attention.attend(q, k, v, view if self.causal else None, window=self.window)
             return self.out(y.reshape(batch, time, -1)), cache

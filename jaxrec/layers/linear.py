@@ -18,6 +18,15 @@ def truncated_normal(stddev: float) -> Initializer:
     return jax.nn.initializers.truncated_normal(stddev, lower=-3.0, upper=3.0)
 
 
+CUT_DEVIATION = 0.87962566103423978
+"""Deviation of a normal variable of deviation 1 that is cut at two."""
+
+
+def normal_cut_at_two(stddev: float) -> Initializer:
+    """Normal, cut at two deviations, and as much wider that this is its deviation after the cut."""
+    return jax.nn.initializers.truncated_normal(stddev / CUT_DEVIATION)
+
+
 def uniform(limit: float) -> Initializer:
     """Uniform between -limit and limit; PyTorch's linear maps and convolutions begin so, with the
     limit 1 / sqrt(inputs).

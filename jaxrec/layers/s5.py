@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least, one_of
+from jaxrec.layers.linear import normal_cut_at_two
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import check_steps, log_uniform_steps, rescaled_step, start
 from jaxrec.ops import hippo
@@ -27,8 +28,6 @@ from jaxrec.ops.discretize import discretize_diagonal
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 Discretization = Literal["zoh", "bilinear"]
 LARGEST_REAL_PART = -1e-4  # of a clipped eigenvalue
-# A normal variable that is cut at two deviations keeps this share of its deviation.
-CUT_DEVIATION = 0.87962566103423978
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class S5(nnx.Module):
             nnx.Param(jnp.asarray(x, jnp.float32), axes=("state",))
             for x in (eigenvalues.real, eigenvalues.imag)
         )
-        inputs = _cut_normal(rngs.params(), (full, d), full**-0.5).astype(jnp.complex64)
+        inputs = normal_cut_at_two(full**-0.5)(rngs.params(), (full, d)).astype(jnp.complex64)
         self.input_real, self.input_imag = _two_params(
             jnp.asarray(vectors.conj().T, jnp.complex64) @ inputs, ("state", "embed")
         )
@@ -207,13 +206,8 @@ def _initial_output(config: S5Config, vectors: np.ndarray, key: Array) -> Array:
         real, imag = jax.random.normal(key, (2, d, n)) * 0.5**0.5
         return lax.complex(real, imag)
     deviation = (full if config.output_init == "trunc_standard_normal" else full * d) ** -0.5
-    real, imag = _cut_normal(key, (2, d, full), deviation)
+    real, imag = normal_cut_at_two(deviation)(key, (2, d, full))
     return lax.complex(real, imag) @ jnp.asarray(vectors, jnp.complex64)
-
-
-def _cut_normal(key: Array, shape: tuple[int, ...], deviation: float) -> Array:
-    """Normal numbers cut at two deviations, of the given deviation after the cut."""
-    return jax.random.truncated_normal(key, -2, 2, shape) * (deviation / CUT_DEVIATION)
 
 
 def _two_params(x: Array, axes: tuple[str, ...]) -> tuple[nnx.Param, nnx.Param]:

@@ -204,6 +204,64 @@ def adam_atan2(
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_atan2(beta1: float, beta2: float) -> optax.GradientTransformation:
+    """Adam's direction without an epsilon, atan2(m, sqrt(v)) for m / sqrt(v), of moments that are
+    corrected for their beginning at zero.
+
+        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+        atan2(m, sqrt(v / (1 - b2^t))) / (1 - b1^t)
+
+    The correction of m stands outside of atan2, as in the optimizer that HRM was trained with.
+
+    Everett et al., Scaling exponents across parameterizations and optimizers (2024),
+    arXiv:2407.05872, section 4.3.
+    """
+
+    def init(params: Params) -> AdamAtan2State:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AdamAtan2State(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+
+    def update(
+        grads: Params, state: AdamAtan2State, params: Params | None = None
+    ) -> tuple[Params, AdamAtan2State]:
+        t = (state.step + 1).astype(jnp.float32)
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
+        root = jnp.sqrt(1 - beta2**t)
+        moves = jax.tree.map(
+            lambda m, v: jnp.arctan2(m, jnp.sqrt(v) / root) / (1 - beta1**t), mu, nu
+        )
+        return moves, AdamAtan2State(optax.safe_increment(state.step), mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def sign_sgd_rows(
+    table: Array, rows: Array, gradient: Array, *, rate: float | Array, weight_decay: float
+) -> Array:
+    """Moves the rows of a table that a batch has read: p <- p (1 - lr wd) - lr sign(g).
+
+    Args:
+      table: (n d).
+      rows: int (b), which row each example has read; the gradients of a row read twice are added.
+      gradient: (b d), of what was read.
+      rate: lr, >= 0.
+      weight_decay: wd, >= 0.
+
+    Returns:
+      The table; rows that were not read are as before.
+
+    Wang et al., Hierarchical reasoning model (2025), arXiv:2506.21734.
+    """
+    # As many distinct rows as there may be; a number beyond the table stands for none.
+    read, place = jnp.unique(
+        rows, size=rows.shape[0], fill_value=table.shape[0], return_inverse=True
+    )
+    total = jnp.zeros_like(gradient).at[place].add(gradient)
+    old = table.at[read].get(mode="fill", fill_value=0)
+    return table.at[read].set(old * (1 - rate * weight_decay) - rate * jnp.sign(total), mode="drop")
+
+
 def ema_update(ema: Params, params: Params, decay: float) -> Params:
     """Returns decay * ema + (1 - decay) * params, leaf by leaf; decay in (0, 1) per step."""
     return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)

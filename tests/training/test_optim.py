@@ -1,5 +1,6 @@
 """Optimizers against plain NumPy loops in float64, and schedules at the steps that matter."""
 
+import functools
 import math
 
 import jax
@@ -218,3 +219,33 @@ def test_a_run_shorter_than_its_warm_up_only_grows():
 def test_ema():
     average = optim.ema_update({"a": jnp.float32(1.0)}, {"a": jnp.float32(2.0)}, 0.75)
     assert float(average["a"]) == 1.25
+
+
+def test_atan2_is_its_equations():
+    """Three steps beside NumPy; zero gradients move nothing."""
+    rng = np.random.default_rng(0)
+    rule, beta1, beta2 = optim.scale_by_atan2(0.9, 0.95), 0.9, 0.95
+    params = {"moved": jnp.ones((3, 2)), "left": jnp.ones(2)}
+    state, m, v = rule.init(params), np.zeros((3, 2)), np.zeros((3, 2))
+    for t in range(1, 4):
+        g = rng.normal(size=(3, 2)).astype(np.float32)
+        moves, state = rule.update({"moved": jnp.asarray(g), "left": jnp.zeros(2)}, state)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        want = np.arctan2(m, np.sqrt(v) / np.sqrt(1 - beta2**t)) / (1 - beta1**t)
+        np.testing.assert_allclose(moves["moved"], want, rtol=1e-5)
+        assert not np.any(moves["left"])
+
+
+def test_sign_sgd_moves_only_the_rows_that_were_read():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(6, 3)).astype(np.float32)
+    rows, gradient = np.array([4, 1, 4, 4]), rng.normal(size=(4, 3)).astype(np.float32)
+    want = table.copy()
+    for row in (1, 4):
+        total = gradient[rows == row].sum(axis=0)
+        want[row] = want[row] * (1 - 0.1 * 0.5) - 0.1 * np.sign(total)
+    got = jax.jit(functools.partial(optim.sign_sgd_rows, weight_decay=0.5))(
+        jnp.asarray(table), jnp.asarray(rows, jnp.int32), jnp.asarray(gradient), rate=0.1
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_array_equal(got[0], table[0])
