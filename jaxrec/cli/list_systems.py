@@ -11,7 +11,9 @@ EXPERIMENTS = {
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
+    "pararnn": "experiments/pararnn",
     "recurrentgemma": "experiments/linear_rnn_lm",
+    "rnn": "experiments/pararnn",
     "sequence_classifier": "experiments/s4_lssl",
 }
 GOLDEN = {

@@ -18,6 +18,7 @@ from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rnn import RNNConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from tests.laws import equations
@@ -69,6 +70,7 @@ CONFIGS = [
         window=4,
         context=32,
     ),
+    RNNConfig(vocab_size=13, width=16, layers=2, mlp_width=24),
     RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
     XLSTMConfig(
         vocab_size=13,
