@@ -48,11 +48,12 @@ from jaxrec.models.mamba2 import Mamba2Config
 from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.plstm import lm_config
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rnn import RNNConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate
-from jaxrec.ops.newton import newton_scan
+from jaxrec.ops.newton import newton_scan, slstm_newton_scan
 from jaxrec.ops.time import (
     GridGates,
     MLSTMState,
@@ -430,8 +431,32 @@ def scalar_memory() -> Subject:
         y, h, c, n = references.slstm(x, params, h, c, root_n**2, reset)
         return y, (h, c, np.sqrt(n))
 
+    return scalar_memory_subject("slstm_scan", run, loop)
+
+
+def scalar_memory_by_newton() -> Subject:
+    """`slstm_newton_scan` from and to the mean c / n, which no state has far above 1, and the root
+    of n."""
+
+    def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        h, mean, root_n = state
+        n = jnp.square(root_n)
+        start = SLSTMState(h, mean * n, n, jnp.zeros_like(n))
+        y, last, _ = slstm_newton_scan(x, params, start, reset=reset, method="newton", window=8)
+        root_n = jnp.sqrt(last.normaliser * jnp.exp(last.maximum))
+        return y, (last.hidden, last.cell / last.normaliser, root_n)
+
+    def loop(params: Any, x: Any, state: Any, reset: Any) -> Any:
+        h, mean, root_n = state
+        y, h, c, n = references.slstm(x, params, h, mean * root_n**2, root_n**2, reset)
+        return y, (h, c / n, np.sqrt(n))
+
+    return scalar_memory_subject("slstm_newton_scan", run, loop)
+
+
+def scalar_memory_subject(name: str, run: Any, loop: Any, **fields: Any) -> Subject:
     return Subject(
-        name="slstm_scan",
+        name=name,
         inputs=lambda rng, batch, time: (
             draw(rng, (4, 2, 3, 3)) * np.float32(0.5),
             draw(rng, (batch, time, 4, 2, 3)),
@@ -439,6 +464,7 @@ def scalar_memory() -> Subject:
         start=lambda params, batch, time: tuple(np.zeros((3, batch, 2, 3), np.float32)),
         run=run,
         loop=loop,
+        **fields,
     )
 
 
@@ -1152,6 +1178,11 @@ def pararnn() -> Subject:
     return language_model("ParaRNN LM", config, references.pararnn, bf16=4.0, trained=True)
 
 
+def classical_language_model() -> Subject:
+    config = RNNConfig(vocab_size=VOCAB, width=8, layers=2, mlp_width=12, norm_epsilon=0.1)
+    return language_model("RNN LM", config, references.rnn, bf16=4.0, trained=True)
+
+
 def state_space(name: str, config: Any, loop: Any, **fields: Any) -> Subject:
     return module(
         name,
@@ -1240,6 +1271,7 @@ SUBJECTS = [
     weighted_mean(),
     *(gated_memory(method) for method in ("sequential", "chunkwise")),
     scalar_memory(),
+    scalar_memory_by_newton(),
     *(selective(method) for method in ("sequential", "chunked")),
     *(matrix("gated", decay, "chunkwise") for decay in (None, "head")),
     *(matrix("delta", decay, "chunkwise") for decay in (None, "head", "key")),
@@ -1295,6 +1327,7 @@ SUBJECTS = [
         for kind in ("elman", "gru", "lstm")
     ),
     pararnn(),
+    classical_language_model(),
     gated_conv(),
     prefix_linear_attention(),
     recurrentgemma(),

@@ -513,6 +513,26 @@ def pararnn(params, tokens, reset, config):
     return x @ params["embedding"]["table"].T
 
 
+def rnn(params, tokens, reset, config):
+    x = params["embedding"]["table"][tokens]
+    batch, width = tokens.shape[0], config.width
+    for i in range(config.layers):
+        block = layer(params["blocks"], i)
+        normed = rms_norm(block["mixer_norm"], x, config.norm_epsilon)
+        if config.cell == "slstm":
+            mixer, start = block["mixer"], np.zeros((3, batch, config.heads, width // config.heads))
+            h, *_ = slstm(linear(mixer["input"], normed), mixer["recurrent"], *start, reset)
+            h = h.reshape(x.shape)
+        else:
+            state = np.zeros(
+                (batch, 2, width) if config.cell == "lstm" else (batch, width), x.dtype
+            )
+            h, _ = classical_cell(block["mixer"], normed, state, reset)
+        x = x + h
+        x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x, config.norm_epsilon))
+    return rms_norm(params["norm"], x, config.norm_epsilon) @ params["embedding"]["table"].T
+
+
 def mamba2_mixer(params, x, window, h, reset, config, activation=silu):
     heads, width = config.heads, config.head_width
     inner, shared = heads * width, config.groups * config.state_size

@@ -1,4 +1,4 @@
-"""`jaxrec bench scan|matrix|train|models`: timings beside those of peers, in turns in one process.
+"""`jaxrec bench scan|matrix|newton|train|models`: timings beside those of peers, run in turns.
 
 Nothing is timed that computes the wrong numbers: every candidate first meets its definition at a
 small size, and a candidate that fails ends the command with status 1.
@@ -46,6 +46,26 @@ class MatrixArguments:
     """Steps that are worked on together."""
     rules: tuple[Rule, ...] = ("gated", "delta")
     """What a step does to the state."""
+    rounds: int = 5
+    """Runs of each candidate; medians are reported."""
+    smoke: bool = False
+    """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
+    json: bool = False
+    """Print JSON lines instead of tables."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonArguments:
+    """Time newton_scan of a ParaGRU beside lax.scan and Newton's method as first written."""
+
+    times: tuple[int, ...] = (256, 1024, 4096, 16384)
+    """Lengths."""
+    widths: tuple[int, ...] = (64, 256)
+    """Channels of the state."""
+    batch: int = 4
+    """Sequences."""
     rounds: int = 5
     """Runs of each candidate; medians are reported."""
     smoke: bool = False
@@ -108,10 +128,11 @@ class ModelsArguments:
     """Also write the results to this JSON file."""
 
 
-Arguments = ScanArguments | MatrixArguments | TrainArguments | ModelsArguments
+Arguments = ScanArguments | MatrixArguments | NewtonArguments | TrainArguments | ModelsArguments
 KINDS: dict[str, Any] = {
     "scan": ScanArguments,
     "matrix": MatrixArguments,
+    "newton": NewtonArguments,
     "train": TrainArguments,
     "models": ModelsArguments,
 }
@@ -127,7 +148,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
     kind, *rest = argv or ["--help"]
     if kind in ("-h", "--help"):
-        print("usage: jaxrec bench scan|matrix|train|models [OPTIONS]\n")
+        print("usage: jaxrec bench scan|matrix|newton|train|models [OPTIONS]\n")
         for name, arguments in KINDS.items():
             print(f"  {name:<6} {arguments.__doc__}")
         print("\n`jaxrec bench scan --help` lists the options.")
@@ -145,7 +166,7 @@ def run(arguments: Arguments) -> int:
     Raises:
       UserError: an argument does not fit.
     """
-    from jaxrec.cli import bench_matrix, bench_models, bench_scan, bench_train
+    from jaxrec.cli import bench_matrix, bench_models, bench_newton, bench_scan, bench_train
     from jaxrec.cli.timing import WrongNumbers
 
     try:
@@ -153,6 +174,8 @@ def run(arguments: Arguments) -> int:
             bench_scan.run(arguments)
         elif isinstance(arguments, MatrixArguments):
             bench_matrix.run(arguments)
+        elif isinstance(arguments, NewtonArguments):
+            bench_newton.run(arguments)
         elif isinstance(arguments, TrainArguments):
             bench_train.run(arguments)
         else:

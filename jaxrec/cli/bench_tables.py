@@ -122,6 +122,35 @@ def _matrix(report: Report) -> list[Table]:
     return found
 
 
+def _newton(report: Report) -> list[Table]:
+    """One table per width and pass: a row per candidate, two columns per length."""
+    found = []
+    lengths = list(dict.fromkeys(x["time"] for x in report["results"]))
+    for width in dict.fromkeys(x["width"] for x in report["results"]):
+        records = [x for x in report["results"] if x["width"] == width]
+        for part, what in (("forward", "forward"), ("both", "forward + backward")):
+            rows = []
+            for name in dict.fromkeys(x["candidate"] for x in records):
+                row = [name]
+                for x in (x[part] for x in records if x["candidate"] == name):
+                    ratio = _pair(x, "to_lax_scan", 2)
+                    row += [_pair(x, "ms", 1), ratio, f"{x['gb_per_s']:.1f}", _mib(x["temp_mib"])]
+                rows.append(row)
+            iterations = ", ".join(
+                f"{x['iterations']} at t = {x['time']:,}"
+                for x in records
+                if x["candidate"] == "jaxrec newton"
+            )
+            title = (
+                f"A ParaGRU, {what}; b = {report['batch']}, d = {width}; Newton takes {iterations}"
+            )
+            columns = " | ".join(
+                f"t = {time:,} ms | to lax.scan | GB/s | temp MiB" for time in lengths
+            )
+            found.append(Table(title, f"candidate | {columns}", rows))
+    return found
+
+
 def _train(report: Report) -> list[Table]:
     """One table per part that was timed."""
     found = []
@@ -263,6 +292,7 @@ def _selective_memory(report: Report) -> list[Table]:
 
 TABLES: dict[str, Callable[[Report], list[Table]]] = {
     "matrix": _matrix,
+    "newton": _newton,
     "models": _models,
     "scan": _scan,
     "selective_memory": _selective_memory,

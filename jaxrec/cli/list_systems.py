@@ -13,9 +13,11 @@ EXPERIMENTS = {
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
+    "pararnn": "experiments/pararnn",
     "plstm": "experiments/plstm_lm",
     "plstm_vision": "experiments/plstm_arrow",
     "recurrentgemma": "experiments/linear_rnn_lm",
+    "rnn": "experiments/pararnn",
     "sequence_classifier": "experiments/s4_lssl",
     "vit": "experiments/plstm_arrow",
 }

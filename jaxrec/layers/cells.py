@@ -11,10 +11,16 @@ from jax.nn.initializers import Initializer
 
 from jaxrec.config import at_least, one_of
 from jaxrec.layers.linear import Linear, truncated_normal, uniform
-from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_over_time
+from jaxrec.layers.scan import (
+    WHAT_PAYS,
+    Solver,
+    newton_measures,
+    newton_over_time,
+    slstm_over_time,
+)
 from jaxrec.ops import cells
 from jaxrec.ops.newton import NewtonInfo
-from jaxrec.ops.time.slstm import SLSTMState, slstm_scan
+from jaxrec.ops.time.slstm import SLSTMState
 
 
 def _open_forget_gates(
@@ -32,9 +38,19 @@ class SLSTM(nnx.Module):
     Beck et al., xLSTM: extended long short-term memory (2024), arXiv:2405.04517, section 2.2.
     """
 
-    def __init__(self, width: int, inner: int, heads: int, *, init: Initializer, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        heads: int,
+        *,
+        init: Initializer,
+        solver: Solver = WHAT_PAYS,
+        rngs: nnx.Rngs,
+    ):
         if inner % heads:
             raise ValueError(f"SLSTM: inner width {inner} does not divide into {heads} heads.")
+        self.solver = solver
         size = inner // heads
         axes = ("embed", None, "heads", "head")
         self.input = Linear(
@@ -59,7 +75,9 @@ class SLSTM(nnx.Module):
     ) -> tuple[Array, SLSTMState]:
         """Maps x (b t d) to h (b t e); `reset` bool (b t), True where a document begins."""
         with jax.named_scope("slstm"):
-            h, state = slstm_scan(self.input(x), self.recurrent[...], state, reset=reset)
+            h, state = slstm_over_time(
+                self.input(x), self.recurrent[...], state, reset=reset, solver=self.solver
+            )
             return h.reshape(*h.shape[:2], -1), state
 
 
@@ -125,26 +143,31 @@ class Cell(nnx.Module):
         self, u: Array, state: Array, *, reset: Array | None = None
     ) -> tuple[Array, NewtonInfo]:
         """All states (b t d) or (b t 2 d) for the gates' inputs (b t g d), and how they came."""
-        recurrent = self.recurrent[...].astype(jnp.float32)
-        step: Any = cells.elman
-        params: Any = recurrent[:, 0]
-        if self.candidate_bias is not None:
-            step = cells.gru
-            params = cells.GRUParams(recurrent, self.candidate_bias[...].astype(jnp.float32))
-        elif self.peephole is not None:
-            step = cells.lstm
-            params = cells.LSTMParams(recurrent, self.peephole[...].astype(jnp.float32))
-        else:
-            u = u[:, :, 0]
+        step, params, u = self._cell(u)
         return newton_over_time(
-            step,
-            params,
-            u.astype(jnp.float32),
-            state,
-            jacobian="dense",
-            reset=reset,
-            solver=self.solver,
+            step, params, u, state, jacobian="dense", reset=reset, solver=self.solver
         )
+
+    def measure(self, x: Array, state: Array, *, reset: Array | None = None) -> dict[str, Array]:
+        """What `newton_measures` says of these inputs, and max_recurrent, the largest recurrent
+        entry. All Jacobians are in memory at once, which is a lot for a wide cell.
+        """
+        step, params, u = self._cell(self.input(x))
+        largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)]
+        return {"max_recurrent": jnp.max(jnp.stack(largest))} | newton_measures(
+            step, params, u, state, jacobian="dense", reset=reset, solver=self.solver
+        )
+
+    def _cell(self, u: Array) -> tuple[Any, Any, Array]:
+        """The step, its parameters, and what it reads of (b t g d), all float32."""
+        u, recurrent = u.astype(jnp.float32), self.recurrent[...].astype(jnp.float32)
+        if self.candidate_bias is not None:
+            bias = self.candidate_bias[...].astype(jnp.float32)
+            return cells.gru, cells.GRUParams(recurrent, bias), u
+        if self.peephole is not None:
+            peephole = self.peephole[...].astype(jnp.float32)
+            return cells.lstm, cells.LSTMParams(recurrent, peephole), u
+        return cells.elman, recurrent[:, 0], u[:, :, 0]
 
     def __call__(
         self, x: Array, state: Array, *, reset: Array | None = None

@@ -21,9 +21,10 @@ from jax import Array
 from jaxrec.config import at_least, multiple_of, one_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.linear import uniform
-from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_over_time
+from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_measures, newton_over_time
 from jaxrec.ops.cells import ParaLSTMParams, para_gru, para_lstm
 from jaxrec.ops.newton import NewtonInfo
+from jaxrec.ops.newton.structure import Kind, Step
 
 CellKind = Literal["gru", "lstm"]
 GRU_ROLES = ("update", "reset", "candidate")
@@ -117,21 +118,43 @@ class ParaRNN(nnx.Module):
         self, u: Array, state: Array, *, reset: Array | None = None
     ) -> tuple[Array, NewtonInfo]:
         """All states (b t d) or (b t 2 d) for the gates' inputs (b t 3 d), and how they came."""
-        config = self.config
-        functions = {
-            role: activation(name)
-            for role, name in zip(config.roles, config.nonlinearities, strict=False)
-        }
-        cells: Any = {"gru": para_gru, "lstm": para_lstm}
+        step, jacobian = self._cell()
         return newton_over_time(
-            functools.partial(cells[config.cell], **functions),
+            step,
             self.recurrence(),
             u,
             state,
-            jacobian="diagonal" if config.cell == "gru" else "block",
+            jacobian=jacobian,
             reset=reset,
             solver=self.solver,
         )
+
+    def measure(self, x: Array, state: Array, *, reset: Array | None = None) -> dict[str, Array]:
+        """What `newton_measures` says of these inputs, and max_recurrent, the largest recurrent
+        entry before its limit.
+        """
+        step, jacobian = self._cell()
+        entries = [p[...] for p in (self.recurrent, self.peephole) if p is not None]
+        return {"max_recurrent": jnp.max(jnp.abs(jnp.concatenate(entries)))} | newton_measures(
+            step,
+            self.recurrence(),
+            self.inputs(x),
+            state,
+            jacobian=jacobian,
+            reset=reset,
+            solver=self.solver,
+        )
+
+    def _cell(self) -> tuple[Step, Kind]:
+        """The step, and which numbers of its state mix."""
+        config = self.config
+        functions: dict[str, Any] = {
+            role: activation(name)
+            for role, name in zip(config.roles, config.nonlinearities, strict=False)
+        }
+        if config.cell == "gru":
+            return functools.partial(para_gru, **functions), "diagonal"
+        return functools.partial(para_lstm, **functions), "block"
 
     def recurrence(self) -> Any:
         """Parameters of the cell, float32, within their limit."""

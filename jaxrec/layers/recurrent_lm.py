@@ -138,6 +138,25 @@ class RecurrentLM(nnx.Module):
             logits = head.logits(self.norm(x), soft_cap=self.soft_cap)
         return logits, RecurrentLMState(blocks, segment_ids[:, -1])
 
+    def measure(self, tokens: Array, *, segment_ids: Array | None = None) -> dict[str, Array]:
+        """Scalars that the blocks give on these tokens, of each the largest over layers; none if
+        the blocks have no `measure`. Arguments as of a call without a state.
+        """
+        if not hasattr(self.blocks, "measure"):
+            return {}
+        state = self.init_state(tokens.shape[0])
+        if segment_ids is None:
+            segment_ids = segments.continued(state.segment, tokens.shape[1])
+        reset = segments.resets(segment_ids, state.segment)
+
+        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, dict[str, Array]]:
+            block, state = layer
+            found = block.measure(x, state, reset=reset)
+            return block(x, state, reset=reset)[0], found
+
+        _, found = jax.lax.scan(body, self.embed(tokens), (self.blocks, state.blocks))
+        return {name: jnp.max(each, axis=0) for name, each in found.items()}
+
     def embed(self, tokens: Array) -> Array:
         """Tokens (b t) to the stream (b t d)."""
         x = self.embedding(tokens)

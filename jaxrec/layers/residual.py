@@ -27,6 +27,12 @@ class ResidualBlock(nnx.Module):
         """That of the mixer."""
         return self.mixer.init_state(batch)
 
+    def measure(self, x: Array, state: Any, **options: Any) -> dict[str, Array]:
+        """What the mixer says of itself on these inputs; nothing if it has no `measure`."""
+        if not hasattr(self.mixer, "measure"):
+            return {}
+        return self.mixer.measure(self.mixer_norm(x), state, **options)
+
     def __call__(self, x: Array, state: Any, **options: Any) -> tuple[Array, Any]:
         """Maps x (b t d) to (b t d); the state and the options are those of the mixer."""
         y, state = self.mixer(self.mixer_norm(x), state, **options)

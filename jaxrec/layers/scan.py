@@ -5,15 +5,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxrec.config import at_least
 from jaxrec.layers.axes import time_axis
-from jaxrec.ops.newton import NewtonInfo, newton_scan
+from jaxrec.ops.newton import NewtonInfo, newton_scan, slstm_newton_scan, stability
+from jaxrec.ops.newton.plan import windows
 from jaxrec.ops.newton.scan import Method as NewtonMethod
 from jaxrec.ops.newton.structure import Kind, Step
 from jaxrec.ops.time import (
     MLSTMState,
+    SLSTMState,
     linear_scan,
     matrix_scan,
     mlstm_scan,
@@ -21,6 +24,7 @@ from jaxrec.ops.time import (
     sharded_linear_scan,
     sharded_matrix_scan,
     sharded_selective_scan,
+    slstm_scan,
     wkv,
 )
 from jaxrec.ops.time.matrix_scan import Rule
@@ -163,6 +167,61 @@ def newton_over_time(
     return newton_scan(
         step, params, x, h0, jacobian=jacobian, reset=reset, check=False, axis=axis, **options
     )
+
+
+def slstm_over_time(
+    x: Array,
+    recurrent: Array,
+    state: SLSTMState | None = None,
+    *,
+    reset: Array | None = None,
+    solver: Solver,
+) -> tuple[Array, SLSTMState]:
+    """`slstm_scan`, by `slstm_newton_scan` where the solver names a method that iterates: the
+    matrices of a head cost more than they save almost everywhere, so that "auto" is sequential.
+    """
+    if solver.method in ("auto", "sequential"):
+        return slstm_scan(x, recurrent, state, reset=reset)
+    axis = _axis(x.shape[1])
+    options = dataclasses.asdict(solver)
+    if axis is not None:
+        options["window"] = None
+    h, state, _ = slstm_newton_scan(x, recurrent, state, reset=reset, axis=axis, **options)
+    return h, state
+
+
+def newton_measures(
+    step: Step,
+    params: Any,
+    x: Any,
+    h0: Array,
+    *,
+    jacobian: Kind,
+    reset: Array | None = None,
+    solver: Solver,
+) -> dict[str, Array]:
+    """How Newton's method fares with a cell on these inputs, whatever method the solver names if it
+    would run the steps one by one.
+
+    Returns:
+      Scalars: newton_iterations, of the window that takes most; newton_residual, the largest that
+      is left, relative; newton_fallback_share, of windows that do not settle and are run one step
+      after another; max_jacobian, the largest |dh_t / dh_{t-1}|; lyapunov, see
+      `ops.newton.stability`.
+    """
+    if solver.method in ("auto", "sequential"):
+        solver = dataclasses.replace(solver, method="newton")
+    h, info = newton_over_time(step, params, x, h0, jacobian=jacobian, reset=reset, solver=solver)
+    time = h.shape[1]
+    count = 1 if _axis(time) is not None else windows(time, solver.window)
+    found = stability(step, params, x, h0, h, jacobian=jacobian, reset=reset)
+    return {
+        "newton_iterations": info.iterations,
+        "newton_residual": info.residual,
+        "newton_fallback_share": info.fallbacks.astype(jnp.float32) / count,
+        "max_jacobian": found.largest,
+        "lyapunov": found.exponent,
+    }
 
 
 def _axis(time: int) -> str | None:

@@ -132,18 +132,31 @@ class ParaRNNBlock(nnx.Module):
         self, x: Array, state: ParaRNNState, *, reset: Array | None = None
     ) -> tuple[Array, ParaRNNState]:
         """Maps x (b t d) to (b t d); `reset` bool (b t), True where a document begins."""
-        inputs = self.input(self.norm(x))
-        inner, gate = inputs[:, :, 0], inputs[:, :, 1]
-        inner, window = causal_conv(
-            inner, self.conv_kernel[...], self.conv_bias[...], state.window, reset
-        )
-        h, hidden = self.cell(jax.nn.silu(inner), state.hidden, reset=reset)
+        inner, gate, window = self._cell_input(x, state, reset)
+        h, hidden = self.cell(inner, state.hidden, reset=reset)
         y = self.out(self.gate_norm(h) * jax.nn.silu(gate))
         scale = self.residual_scale[...].astype(x.dtype)[None, None]
         x = x * scale + y.astype(x.dtype)
         mixed = self.mlp(self.mlp_norm(x)).astype(x.dtype)
         x = x + mixed if self.mlp_residual else mixed
         return constrain(x, "batch", "time", None), ParaRNNState(window, hidden)
+
+    def measure(
+        self, x: Array, state: ParaRNNState, *, reset: Array | None = None
+    ) -> dict[str, Array]:
+        """What the cell says of itself on these inputs, see `ParaRNN.measure`."""
+        inner, _, _ = self._cell_input(x, state, reset)
+        return self.cell.measure(inner, state.hidden, reset=reset)
+
+    def _cell_input(
+        self, x: Array, state: ParaRNNState, reset: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """What the cell reads, the gate of what it gives, and the convolution's next window."""
+        inputs = self.input(self.norm(x))
+        inner, window = causal_conv(
+            inputs[:, :, 0], self.conv_kernel[...], self.conv_bias[...], state.window, reset
+        )
+        return jax.nn.silu(inner), inputs[:, :, 1], window
 
 
 TINY_GRU = ParaRNNLMConfig(

@@ -10,7 +10,12 @@ from jax import Array
 
 
 class LanguageModel(Protocol):
-    """A `flax.nnx` module used as a pytree. Looped models also take `depth` and `key`."""
+    """A `flax.nnx` module used as a pytree. Looped models also take `depth` and `key`.
+
+    A model that has something to say of itself beside its loss, such as how many iterations a
+    solver takes, has a method `measure(tokens, *, segment_ids) -> {name: scalar}`. Training calls
+    it on one batch at every evaluation and logs what it gives.
+    """
 
     config: Any
 

@@ -20,12 +20,12 @@ from flax import nnx
 from jax import Array
 
 from jaxrec.config import at_least, multiple_of, one_of
+from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mlp import MLP
 from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.residual import ResidualBlock
-from jaxrec.ops import attention
 from jaxrec.ops.depth import remat_scan
 from jaxrec.ops.patches import patches
 
@@ -61,25 +61,6 @@ class ViTConfig:
         return ViT(self, rngs=rngs)
 
 
-class SelfAttention(nnx.Module):
-    """Every token sees every other one; the contract is that of a mixer without a state."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        width, heads = config.width, config.heads
-        linear = functools.partial(Linear, init=truncated_normal(0.02), bias=True, rngs=rngs)
-        self.query_key_value = linear(
-            width, (3, heads, width // heads), axes=("embed", None, "heads", None)
-        )
-        self.out = linear(width, width, axes=("heads", "embed"))
-
-    def __call__(self, x: Array, state: None = None) -> tuple[Array, None]:
-        """Maps (b t d) to (b t d)."""
-        with jax.named_scope("attention"):
-            qkv = self.query_key_value(x)
-            y = attention.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], None)
-            return self.out(y.reshape(x.shape)), state
-
-
 class ViT(nnx.Module):
     """The model."""
 
@@ -104,7 +85,17 @@ class ViT(nnx.Module):
             rngs = nnx.Rngs(key)
             mlp = MLP(width, config.mlp_width, init=init, activation=_gelu, rngs=rngs)
             norm = functools.partial(LayerNorm, width, epsilon=1e-6)
-            return ResidualBlock(SelfAttention(config, rngs=rngs), mlp, norm=norm)
+            mixer = Attention(
+                width,
+                config.heads,
+                bias=True,
+                out_bias=True,
+                rotary_base=None,
+                causal=False,
+                init=init,
+                rngs=rngs,
+            )
+            return ResidualBlock(mixer, mlp, norm=norm)
 
         self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), config.layers))
         self.norm = LayerNorm(width, epsilon=1e-6)

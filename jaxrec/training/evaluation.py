@@ -89,6 +89,20 @@ def evaluation_depths(model_config: LanguageModelConfig, config: TrainConfig) ->
     return config.eval_depths or powers
 
 
+def measure(
+    steps: Steps, params: Any, config: TrainConfig, data: Data, mesh: Mesh
+) -> dict[str, float]:
+    """What the model says of itself on one batch of validation windows, see `models.protocol`;
+    nothing for a model without `measure`. Arguments as of `evaluate`.
+    """
+    windows = Batches(
+        data.valid, batch=config.batch, time=config.time, shuffle=False, max_windows=config.batch
+    )
+    batch = sharding.put_batch(windows(0, sharding.host_rows(config.batch)), mesh)
+    found = jax.device_get(steps.measure(params, batch))
+    return {name: float(value) for name, value in found.items()}
+
+
 def evaluate(
     steps: Steps,
     params: Any,

@@ -20,7 +20,7 @@ from jaxrec.training import flops, sharding
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import TrainConfig
 from jaxrec.training.data import Batches, Data, HostBatch, load_data, prefetch
-from jaxrec.training.evaluation import Evaluation, evaluate
+from jaxrec.training.evaluation import Evaluation, evaluate, measure
 from jaxrec.training.guard import explain_bad_step
 from jaxrec.training.metrics import MetricsLog, truncate_after
 from jaxrec.training.progress import RunProgress
@@ -157,6 +157,8 @@ def train(
         def evaluation(step: int, batches: int) -> Evaluation:
             params = state["params"] if state["ema"] is None else state["ema"]
             result = evaluate(steps, params, model_config, config, data, mesh, batches=batches)
+            if measures := measure(steps, params, config, data, mesh):
+                log.log(step, measures, kind="model")
             log.log(step, dataclasses.asdict(result), kind="valid")
             progress.note(f"step {step}  validation bits/byte  {result}")
             return result

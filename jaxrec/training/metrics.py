@@ -21,7 +21,8 @@ class MetricsLog:
     """Writes metrics to <folder>/metrics.jsonl, one object per line, each complete as soon as it is
     logged.
 
-    Every line has "step", "kind" ("train" or "valid") and "time" (seconds since 1970).
+    Every line has "step", "kind" and "time" (seconds since 1970). Kinds are "train", "valid", and
+    "model" for what a model says of itself.
     Values are numbers, strings, None, or lists and dictionaries of them; numpy and jax scalars
     become numbers.
 

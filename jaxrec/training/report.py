@@ -9,6 +9,8 @@ from jaxrec.training.loop import Outcome
 from jaxrec.training.metrics import read
 from jaxrec.training.runs import versions
 
+LINE = ("step", "kind", "time")  # of every line of metrics, beside its numbers
+MEASURES_PER_ROW = 3
 BASELINE_TOKENS = 20_000_000
 """More would not change what a model of three bytes of context learns, only fill the memory."""
 
@@ -44,7 +46,9 @@ def write_report(outcome: Outcome) -> dict[str, Any]:
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draws bits per byte over steps and over depth; None without matplotlib."""
+    """Draws bits per byte over steps and over depth, and below them what the model said of itself;
+    None without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -53,12 +57,19 @@ def plot_curves(folder: Path) -> Path | None:
     lines = read(folder / "metrics.jsonl")
     training = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "valid"]
+    measured = [line for line in lines if line["kind"] == "model"]
     depths = list(validation[-1]["bits_per_byte"]) if validation else []
     looped = len(depths) > 1
 
-    figure = Figure(figsize=(10 if looped else 5.5, 4), layout="constrained")
+    names = [name for name in (measured[-1] if measured else {}) if name not in LINE]
+    rows = -(-len(names) // MEASURES_PER_ROW)
+    wide = looped or rows
+    figure = Figure(figsize=(10 if wide else 5.5, 4 + 2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if looped else 1, squeeze=False)[0]
+    top, *below = figure.subfigures(1 + rows, 1, height_ratios=[4] + [2] * rows, squeeze=False)[
+        :, 0
+    ]
+    panels = list(top.subplots(1, 2 if looped else 1, squeeze=False)[0])
     curve = panels[0]
     curve.plot(
         [line["step"] for line in training],
@@ -85,6 +96,17 @@ def plot_curves(folder: Path) -> Path | None:
         panels[1].set(
             xlabel="loops of the core", ylabel="bits per byte", title="validation, last step"
         )
+    for row, part in enumerate(below):
+        small = part.subplots(1, MEASURES_PER_ROW)
+        shown = names[row * MEASURES_PER_ROW : (row + 1) * MEASURES_PER_ROW]
+        for panel, name in zip(small, shown, strict=False):
+            points = [(line["step"], line[name]) for line in measured if name in line]
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color="0.3")
+            panel.set(title=name.replace("_", " "))
+            panel.title.set_size("small")
+        for panel in small[len(shown) :]:
+            panel.set_visible(False)
+        panels += list(small)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.2)

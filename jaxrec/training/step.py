@@ -34,6 +34,9 @@ class Steps(NamedTuple):
     evaluate: Callable[
         ..., tuple[Array, Array]
     ]  # (params, batch, depth) -> summed nats, labels counted
+    measure: Callable[
+        ..., dict[str, Array]
+    ]  # (params, batch) -> what the model says of itself, see `models.protocol`
     loss: Callable[
         ..., Array
     ]  # (params, batch, depth, key): what `train` differentiates, not compiled
@@ -150,6 +153,12 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
     def evaluate(params: Any, batch: Batch, depth: Array) -> tuple[Array, Array]:
         return summed_loss(params, batch, depth, jax.random.key(config.seed))
 
+    def measure(params: Any, batch: Batch) -> dict[str, Array]:
+        model = merge(cast_matrices(params, matrices, compute_dtype))
+        if not hasattr(model, "measure"):
+            return {}
+        return model.measure(batch["inputs"], segment_ids=batch["segment_ids"])
+
     shapes = jax.eval_shape(init)
     places = sharding.state_shardings(
         shapes, sharding.parameter_shardings(abstract_model, mesh), mesh
@@ -162,6 +171,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         init=OnMesh(jax.jit(init, out_shardings=places), mesh),
         train=OnMesh(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)), mesh),
         evaluate=OnMesh(jax.jit(evaluate, out_shardings=everywhere), mesh),
+        measure=OnMesh(jax.jit(measure, out_shardings=everywhere), mesh),
         loss=loss,
         abstract=abstract,
         merge=merge,

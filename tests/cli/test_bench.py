@@ -14,6 +14,7 @@ from jaxrec.cli import (
     bench,
     bench_matrix,
     bench_models,
+    bench_newton,
     bench_scan,
     bench_train,
     main,
@@ -157,6 +158,31 @@ def test_a_wrong_matrix_scan_is_not_timed(monkeypatch, capsys):
     assert "gated, chunks of 8 is wrong: the gradient of v differs" in capsys.readouterr().err
 
 
+def test_newton_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "newton.json"
+    assert main.main(["bench", "newton", "--smoke", "--json", "--out", str(out)]) == 0
+    _, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records
+    assert [x["candidate"] for x in records] == list(bench_newton.candidates())
+    assert all(0 <= x < math.inf for record in records for x in numbers(record))
+    assert records[0]["both"]["to_lax_scan_median"] == 1
+    assert all(2 <= x["iterations"] <= 5 for x in records)
+    # The same report as a person reads it.
+    timing.publish(report, as_json=False, out=None)
+    assert "A ParaGRU, forward + backward" in capsys.readouterr().out
+
+
+def test_a_wrong_newton_is_not_timed(monkeypatch, capsys):
+    def biased(recurrent, u, h0):
+        return bench_newton.plain_scan(lax.stop_gradient(recurrent), u, h0)
+
+    monkeypatch.setattr(bench_newton, "candidates", lambda: {"jaxrec newton": biased})
+    monkeypatch.setattr(bench_newton, "measure", None)  # calling it would fail
+    assert bench.run(bench.NewtonArguments(smoke=True)) == 1
+    assert "jaxrec newton is wrong: drecurrent differs" in capsys.readouterr().err
+
+
 def test_a_torch_program_that_differs_is_not_timed(monkeypatch, capsys):
     errors = {"the logits": 1e-7, "the gradient of transformer.adapter.weight": float("nan")}
     monkeypatch.setattr(bench_train, "load_peer", lambda: "a peer")
@@ -227,6 +253,8 @@ def test_candidates_run_in_turns():
         (["scan", "--round", "3"], "--round"),
         (["matrix", "--chunks", "0"], "--chunks: expected numbers >= 1, got (0,)"),
         (["matrix", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["newton", "--widths", "0"], "--widths: expected numbers >= 1, got (0,)"),
+        (["newton", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["train", "--depths", "0"], "--depths: expected numbers >= 1"),
         (["train", "--out", "."], "is a folder"),
         (["models", "--rounds", "0"], "--rounds must be at least 1, got 0"),

@@ -19,6 +19,7 @@ from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.plstm import lm_config
 from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
+from jaxrec.models.rnn import RNNConfig
 from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from tests.laws import equations
@@ -71,6 +72,7 @@ CONFIGS = [
         window=4,
         context=32,
     ),
+    RNNConfig(vocab_size=13, width=16, layers=2, mlp_width=24),
     RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
     XLSTMConfig(
         vocab_size=13,

@@ -55,8 +55,10 @@ def plain(model, images, pooling):
     everything = np.ones((batch, *stream.shape[1:2] * 2), bool)
     for i in range(2):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        qkv = affine(norm(stream, block["mixer_norm"]), block["mixer"]["query_key_value"])
-        mixed = references.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], everything)
+        normed = norm(stream, block["mixer_norm"])
+        kv = affine(normed, block["mixer"]["key_value"])
+        q = affine(normed, block["mixer"]["query"])
+        mixed = references.attend(q, kv[:, :, 0], kv[:, :, 1], everything)
         stream = stream + affine(mixed.reshape(stream.shape), block["mixer"]["out"])
         inner = affine(norm(stream, block["mlp_norm"]), block["mlp"]["up"])
         exact = np.vectorize(lambda z: z * (1 + math.erf(z / 2**0.5)) / 2)

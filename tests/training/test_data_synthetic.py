@@ -1,5 +1,7 @@
 """Made tasks: that their answers can be found in them, and nowhere else."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,44 @@ def test_every_key_is_asked_for_once_and_answered_by_its_value():
         assert not np.any(rest)
 
 
+def test_parity_counts_ones():
+    task = synthetic.parity(10, 9, seed=3)
+    assert set(np.unique(task.inputs)) == {0, 1}
+    for row, label in zip(task.inputs, task.labels, strict=True):
+        assert label.tolist() == [sum(row[: t + 1]) % 2 for t in range(9)]
+    assert 0.3 < np.mean(task.labels) < 0.7
+    assert np.any(task.inputs != synthetic.parity(10, 9, seed=4).inputs)
+
+
+@pytest.mark.parametrize("modulus", [5, 7])
+def test_arithmetic_is_worked_out_from_left_to_right(modulus):
+    task = synthetic.modular_arithmetic(20, 10, modulus=modulus, seed=0)
+    signs = {modulus: "+", modulus + 1: "-", modulus + 2: "*"}
+    for row, label in zip(task.inputs.tolist(), task.labels.tolist(), strict=True):
+        text = str(row[0])
+        assert label[0] == row[0]
+        for t in range(2, 10, 2):
+            text = f"({text}{signs[row[t - 1]]}{row[t]})"
+            assert label[t] == eval(text) % modulus
+        assert label[1::2] == [IGNORED] * 5
+    assert set(np.unique(task.inputs[:, ::2])) == set(range(modulus))
+    assert set(np.unique(task.inputs[:, 1::2])) == set(signs)
+
+
+def test_swaps_are_composed():
+    task = synthetic.permutations(30, 8, seed=0)
+    pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    orders = sorted(itertools.permutations("abcde"))
+    for row, label in zip(task.inputs, task.labels, strict=True):
+        order = list("abcde")
+        for token, answer in zip(row, label, strict=True):
+            i, j = pairs[token]
+            order[i], order[j] = order[j], order[i]
+            assert orders[answer] == tuple(order)
+    assert len(np.unique(task.inputs)) == 10
+    assert len(np.unique(synthetic.permutations(40, 50, seed=0).labels)) == 120
+
+
 def test_a_masked_prefix_asks_for_what_it_hides_and_for_what_follows():
     tokens = np.arange(1, 12)[None].repeat(50, 0)
     batch = synthetic.mask_prefix(tokens, 6, 99, share=0.3, seed=0)
@@ -56,6 +96,15 @@ def test_a_masked_prefix_asks_for_what_it_hides_and_for_what_follows():
         (
             lambda: synthetic.associative_recall(1, 4, 15, vocab=24, seed=0),
             "4 pairs need t >= 16 and vocab >= 10, got 15 and 24",
+        ),
+        (lambda: synthetic.parity(1, 0, seed=0), "parity: t must be >= 1, got 0"),
+        (
+            lambda: synthetic.modular_arithmetic(1, 4, modulus=1, seed=0),
+            "modulus must be >= 2, got 1",
+        ),
+        (
+            lambda: synthetic.permutations(1, 4, elements=7, seed=0),
+            r"elements must lie in 2 \.\. 6, got 7",
         ),
         (
             lambda: synthetic.mask_prefix(np.zeros((1, 5)), 4, 9, seed=0),

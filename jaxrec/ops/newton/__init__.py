@@ -2,5 +2,7 @@
 
 from jaxrec.ops.newton.plan import NewtonInfo
 from jaxrec.ops.newton.scan import newton_scan
+from jaxrec.ops.newton.slstm import slstm_newton_scan
+from jaxrec.ops.newton.stability import Stability, stability
 
-__all__ = ["NewtonInfo", "newton_scan"]
+__all__ = ["NewtonInfo", "Stability", "newton_scan", "slstm_newton_scan", "stability"]

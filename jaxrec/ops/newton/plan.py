@@ -145,12 +145,20 @@ class _CutUp(NamedTuple):
         return (steps >= self.time).reshape(self.windows, 1, self.length)
 
 
+DEFAULT_WINDOW = 1024
+
+
+def windows(time: int, window: int | None) -> int:
+    """In how many windows of at most so many steps (None: the default) a sequence is solved."""
+    return -(-time // (window or DEFAULT_WINDOW))
+
+
 def windowed(time: int, window: int) -> tuple[_CutUp, Callable[[Any], Any]]:
     """Cuts arrays (b t ...) into windows of at most so many steps, and puts them together again.
 
     Windows are of equal length, so that fewer steps are repeated than there are windows.
     """
-    count = -(-time // window)
+    count = windows(time, window)
     cut_up = _CutUp(time, count, -(-time // count))
 
     def put_together(tree: Any) -> Any:

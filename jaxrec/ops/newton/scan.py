@@ -25,12 +25,19 @@ from jaxrec.ops.newton import structure as structures
 from jaxrec.ops.newton.adjoint import pull_back
 from jaxrec.ops.newton.iteration import Rules, iterate, step_by_step
 from jaxrec.ops.newton.line import Line
-from jaxrec.ops.newton.plan import Floats, NewtonInfo, Others, Plan, Split, windowed
+from jaxrec.ops.newton.plan import (
+    DEFAULT_WINDOW,
+    Floats,
+    NewtonInfo,
+    Others,
+    Plan,
+    Split,
+    windowed,
+)
 from jaxrec.ops.newton.structure import Kind, Step
 
 Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk"]
 
-DEFAULT_WINDOW = 1024
 SHORTEST_FOR_NEWTON = 32  # shorter sequences "auto" runs step by step on accelerators too
 ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
 SLOW_ITERATIONS = 64  # of methods that converge linearly

@@ -71,7 +71,7 @@ def slstm_scan(
     Raises:
       ValueError: shapes or dtypes do not fit, or t is 0.
     """
-    dtype = _check(x, recurrent, state, reset)
+    dtype = check(x, recurrent, state, reset)
     batch, _, _, heads, size = x.shape
     nothing = SLSTMState.empty(batch, heads, size)
     state, nothing = (
@@ -92,7 +92,7 @@ def slstm_scan(
     return jnp.swapaxes(h, 0, 1), last
 
 
-def _check(x: Array, recurrent: Array, state: SLSTMState | None, reset: Array | None) -> jnp.dtype:
+def check(x: Array, recurrent: Array, state: SLSTMState | None, reset: Array | None) -> jnp.dtype:
     """Refuses what does not fit; returns the dtype in which the recurrence runs."""
     if x.ndim != 5 or x.shape[2] != 4:
         raise ValueError(f"slstm_scan: x must be (b t 4 h n), got shape {x.shape}.")

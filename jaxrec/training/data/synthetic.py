@@ -1,5 +1,6 @@
-"""Made tasks that ask what a sequence model remembers."""
+"""Made tasks that ask what a sequence model remembers, and what it keeps track of."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +110,93 @@ def associative_recall(examples: int, pairs: int, time: int, *, vocab: int, seed
 
 POWER = 0.01
 """Exponent of the power law of `associative_recall`, that of the published task."""
+
+
+def parity(examples: int, time: int, *, seed: int) -> Task:
+    """Bits; after each, whether the number of ones so far is odd.
+
+    Args:
+      examples: number of sequences b.
+      time: length t >= 1.
+      seed: of NumPy's `default_rng`.
+
+    Merrill et al., The illusion of state in state-space models (2024), arXiv:2404.08819; Grazzi et
+    al., Unlocking state-tracking in linear RNNs through negative eigenvalues (2024),
+    arXiv:2411.12537: decays between 0 and 1 cannot do it at every length.
+    """
+    _check_length("parity", time)
+    bits = np.random.default_rng(seed).integers(0, 2, (examples, time))
+    return Task(bits, np.cumsum(bits, axis=1) % 2)
+
+
+def modular_arithmetic(examples: int, time: int, *, modulus: int = 5, seed: int) -> Task:
+    """Digits and operators in turn, such as 3 * 2 - 4, worked out from left to right; after each
+    digit, the value so far.
+
+    Args:
+      examples: number of sequences b.
+      time: length t >= 1; odd positions hold operators.
+      modulus: m >= 2. Tokens 0 .. m-1 are digits, m, m+1 and m+2 are +, - and *.
+      seed: of NumPy's `default_rng`.
+
+    Deletang et al., Neural networks and the Chomsky hierarchy (2022), arXiv:2207.02098, appendix A,
+    where products come first.
+    """
+    _check_length("modular_arithmetic", time)
+    if modulus < 2:
+        raise ValueError(f"modular_arithmetic: modulus must be >= 2, got {modulus}.")
+    random = np.random.default_rng(seed)
+    inputs = random.integers(0, modulus, (examples, time))
+    inputs[:, 1::2] = modulus + random.integers(0, 3, (examples, time // 2))
+    labels = np.full_like(inputs, IGNORED)
+    value = labels[:, 0] = inputs[:, 0]
+    for t in range(2, time, 2):
+        digit, operator = inputs[:, t], inputs[:, t - 1] - modulus
+        value = np.choose(operator, [value + digit, value - digit, value * digit]) % modulus
+        labels[:, t] = value
+    return Task(inputs, labels)
+
+
+def permutations(examples: int, time: int, *, elements: int = 5, seed: int) -> Task:
+    """Swaps of two places, and after each the order in which the elements stand now.
+
+    Token i is the i-th pair of places; a label is the number of an order among all, sorted. From
+    five elements on the orders are a group that cannot be solved, which makes this as hard as any
+    computation with a finite state: no model of fixed depth that is parallel over time does it at
+    every length.
+
+    Args:
+      examples: number of sequences b.
+      time: length t >= 1.
+      elements: 2 to 6.
+      seed: of NumPy's `default_rng`.
+
+    Merrill et al. (2024), arXiv:2404.08819, section 5, where tokens are all orders.
+    """
+    _check_length("permutations", time)
+    if not 2 <= elements <= 6:
+        raise ValueError(f"permutations: elements must lie in 2 .. 6, got {elements}.")
+    swaps = np.array(list(itertools.combinations(range(elements), 2)))
+    inputs = np.random.default_rng(seed).integers(0, len(swaps), (examples, time))
+    orders = list(itertools.permutations(range(elements)))
+    number = {order: i for i, order in enumerate(orders)}
+    # What each swap makes of each order.
+    after = np.empty((len(swaps), len(orders)), np.int64)
+    for i, (left, right) in enumerate(swaps):
+        for j, order in enumerate(orders):
+            new = list(order)
+            new[left], new[right] = new[right], new[left]
+            after[i, j] = number[tuple(new)]
+    labels = np.empty_like(inputs)
+    state = np.zeros(examples, np.int64)
+    for t in range(time):
+        state = labels[:, t] = after[inputs[:, t], state]
+    return Task(inputs, labels)
+
+
+def _check_length(name: str, time: int) -> None:
+    if time < 1:
+        raise ValueError(f"{name}: t must be >= 1, got {time}.")
 
 
 class PrefixBatch(NamedTuple):
