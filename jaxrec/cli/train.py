@@ -54,7 +54,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         )
     model = _model_config(path)
     if isinstance(model, type) or not isinstance(model, LanguageModelConfig):
-        raise UserError(f"{path} is not a model configuration; `jaxrec list` shows them.")
+        raise UserError(
+            f"{path} is not the configuration of a language model, which are what this command"
+            " trains; `jaxrec list` shows all."
+        )
     config, rest = TrainConfig(), _with_short_data(rest)
     if _is_run(path):
         config = dataclasses.replace(

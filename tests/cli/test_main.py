@@ -52,7 +52,10 @@ def refused(capsys, *argv) -> str:
         (["train", "jaxrec.models.huginn:TINNY"], "Did you mean TINY?"),
         (["train", "jaxrec.models.huginn"], "package.module:NAME"),
         (["train", ".models:TINY"], "full name"),
-        (["train", "jaxrec.models.huginn:HuginnConfig"], "not a model configuration"),
+        (
+            ["train", "jaxrec.models.huginn:HuginnConfig"],
+            "not the configuration of a language model",
+        ),
         (["train", MODEL, "--model.widht", "16"], "--model.width"),
         (["train", MODEL, "--model.width", "wide"], "wide"),
         (["train", MODEL, "--stesp", "3"], "--steps"),
