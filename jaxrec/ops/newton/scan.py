@@ -104,7 +104,9 @@ def newton_scan(
 
     Returns:
       h (b t ...) in the dtype of the computation, and a `NewtonInfo`, through which no gradient
-      passes. Gradients reach params, x, h0 and what floats `step` closes over.
+      passes. Gradients reach params, x, h0 and what floats `step` closes over. On one
+      device they can be differentiated once more. Forward mode (`jax.jvp`) needs the method
+      "sequential" without a window; elsewhere JAX refuses it, as of all hand-written gradients.
 
     Raises:
       ValueError: shapes or dtypes do not fit, a number is out of range, or the Jacobian is of
