@@ -11,8 +11,8 @@ from jax import Array
 from jaxrec.config import at_least
 from jaxrec.layers.axes import time_axis
 from jaxrec.ops.newton import NewtonInfo, newton_scan, slstm_newton_scan, stability
+from jaxrec.ops.newton.checks import Method as NewtonMethod
 from jaxrec.ops.newton.plan import windows
-from jaxrec.ops.newton.scan import Method as NewtonMethod
 from jaxrec.ops.newton.structure import Kind, Step
 from jaxrec.ops.time import (
     MLSTMState,

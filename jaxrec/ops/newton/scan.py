@@ -14,15 +14,17 @@ arXiv:2407.19115 (quasi-DEER and ELK).
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from jaxrec.ops.newton import checks
 from jaxrec.ops.newton import structure as structures
 from jaxrec.ops.newton.adjoint import pull_back
+from jaxrec.ops.newton.checks import Method
 from jaxrec.ops.newton.iteration import Rules, iterate, step_by_step
 from jaxrec.ops.newton.line import Line
 from jaxrec.ops.newton.plan import (
@@ -35,8 +37,6 @@ from jaxrec.ops.newton.plan import (
     windowed,
 )
 from jaxrec.ops.newton.structure import Kind, Step
-
-Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk"]
 
 SHORTEST_FOR_NEWTON = 32  # shorter sequences "auto" runs step by step on accelerators too
 ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
@@ -104,7 +104,9 @@ def newton_scan(
 
     Returns:
       h (b t ...) in the dtype of the computation, and a `NewtonInfo`, through which no gradient
-      passes. Gradients reach params, x, h0 and what floats `step` closes over.
+      passes. Gradients reach params, x, h0 and what floats `step` closes over. On one
+      device they can be differentiated once more. Forward mode (`jax.jvp`) needs the method
+      "sequential" without a window; elsewhere JAX refuses it, as of all hand-written gradients.
 
     Raises:
       ValueError: shapes or dtypes do not fit, a number is out of range, or the Jacobian is of
@@ -113,11 +115,11 @@ def newton_scan(
         ones, at tracing, once. A step that cannot be run so is believed.
     """
     is_sharded = axis is not None
-    _check_numbers(method, max_iters, window, relaxation, clip, variance, axis)
+    checks.numbers(method, max_iters, window, relaxation, clip, variance, axis)
     h0 = h0.astype(jnp.float64 if h0.dtype == jnp.float64 else jnp.float32)
-    time = _check_arrays(x, h0, reset, guess)
+    time = checks.arrays(x, h0, reset, guess)
     if axis is not None:
-        _check_axis(axis, time)
+        checks.axis(axis, time)
     epsilon = float(jnp.finfo(h0.dtype).eps)
     if tol is not None and not epsilon <= tol < jnp.inf:
         raise ValueError(
@@ -172,65 +174,6 @@ def newton_scan(
             return loop(*arguments)
         newton = functools.partial(_run, plan._replace(method="newton"))
         return lax.platform_dependent(*arguments, cpu=loop, default=newton)
-
-
-def _check_numbers(
-    method: str,
-    max_iters: int | None,
-    window: int | None,
-    relaxation: float,
-    clip: float | None,
-    variance: float,
-    axis: str | None,
-) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"newton_scan: method must be one of {get_args(Method)}, got {method!r}.")
-    if window is not None and window < 1:
-        raise ValueError(f"newton_scan: window must be at least one step, got {window}.")
-    if max_iters is not None and max_iters < 0:
-        raise ValueError(f"newton_scan: max_iters must be >= 0, got {max_iters}.")
-    for name, value in (("relaxation", relaxation), ("clip", clip), ("variance", variance)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"newton_scan: {name} must be positive and finite, got {value}.")
-    if axis is not None and (window is not None or method in ("elk", "quasi_elk")):
-        raise ValueError(
-            "newton_scan: where time is spread over devices there are no windows, and no filter"
-            f" (elk); got axis={axis!r}, window={window}, method={method!r}."
-        )
-
-
-def _check_arrays(x: Any, h0: Array, reset: Array | None, guess: Array | None) -> int:
-    """Refuses what does not fit; returns the number of steps."""
-    leaves = jax.tree.leaves(x)
-    if not leaves or h0.ndim < 1 or any(leaf.ndim < 2 for leaf in leaves):
-        raise ValueError(
-            "newton_scan: x must be a pytree of at least one (b t ...) and h0 (b ...), got"
-            f" {[leaf.shape for leaf in leaves]} and {h0.shape}."
-        )
-    lengths = {leaf.shape[:2] for leaf in leaves}
-    batch, time = leaves[0].shape[:2]
-    if len(lengths) > 1 or batch != h0.shape[0] or time == 0:
-        raise ValueError(
-            "newton_scan: all of x must be (b t ...) with the b of h0 and one t >= 1, got"
-            f" {[leaf.shape for leaf in leaves]} and h0 {h0.shape}."
-        )
-    if reset is not None and (reset.shape != (batch, time) or reset.dtype != jnp.bool_):
-        raise ValueError(
-            f"newton_scan: reset must be bool (b t) = {(batch, time)}, got {reset.dtype}"
-            f" {reset.shape}."
-        )
-    wanted = (batch, time, *h0.shape[1:])
-    if guess is not None and guess.shape != wanted:
-        raise ValueError(f"newton_scan: guess must be (b t ...) = {wanted}, got {guess.shape}.")
-    return time
-
-
-def _check_axis(axis: str, time: int) -> None:
-    size = jax.sharding.get_abstract_mesh().shape.get(axis)
-    if size is None:
-        raise ValueError(f"newton_scan: the current mesh has no axis {axis!r} (jax.set_mesh).")
-    if time % size:
-        raise ValueError(f"newton_scan: {time} steps do not divide over {axis}={size} devices.")
 
 
 def _closed(

@@ -224,6 +224,21 @@ def test_second_derivatives(method):
     np.testing.assert_allclose(curvature(ours), want, atol=1e-5 * np.max(np.abs(want)))
 
 
+def test_forward_mode():
+    params, x, h0 = inputs(time=5)
+
+    def states(params, method):
+        return newton_scan(dense, params, x, h0, jacobian="dense", method=method)[0]
+
+    direction = np.ones_like(params)
+    _, got = jax.jvp(lambda params: states(params, "sequential"), (params,), (direction,))
+    step = np.float32(1e-3)
+    above, below = (states(params + sign * step * direction, "sequential") for sign in (1, -1))
+    np.testing.assert_allclose(got, (above - below) / (2 * step), atol=2e-3)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda params: states(params, "newton"), (params,), (direction,))
+
+
 def test_integers_and_pytrees_pass_through():
     params, x, h0 = inputs()
     kind = np.arange(TIME, dtype=np.int32)[None].repeat(BATCH, 0) % 3
