@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrec.errors import UserError
-from jaxrec.generation.prompts import check_looped, round_up, row_keys
+from jaxrec.generation.prompts import check_looped, over_rows, round_up, row_keys
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw_at
 from jaxrec.models.huginn import Huginn, Latent
 from jaxrec.ops.depth.cache import DepthCache, cut, open_view, set_loops
@@ -295,22 +295,13 @@ def _run(
 
 
 def _shown(on_device: _Wave, static: _Static) -> WaveStep:
-    wave: Any = jax.device_get(on_device)
-    change = np.full(wave.tokens.shape, np.nan, np.float32)
-    for row, (start, values) in enumerate(zip(wave.start, wave.change, strict=True)):
-        change[row, start : start + static.window] = values
-    return WaveStep(
-        new_tokens=[],
-        tokens=np.array(wave.tokens),
-        length=wave.length,
-        frozen=wave.frozen,
-        start=wave.start,
-        change=change,
-        loops=wave.loops,
-        stable=wave.stable,
-        is_done=wave.is_done,
-        **wave.counts._asdict(),
-    )
+    fields = ("tokens", "length", "frozen", "start", "loops", "stable", "is_done")
+    shown = {name: getattr(on_device, name) for name in fields} | on_device.counts._asdict()
+    shown, values = jax.device_get((shown, on_device.change))
+    change = np.full(shown["tokens"].shape, np.nan, np.float32)
+    for row, start in enumerate(shown["start"]):
+        change[row, start : start + static.window] = values[row]
+    return WaveStep(new_tokens=[], change=change, **shown)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -325,7 +316,7 @@ def _begin(
     """All rows before the first outer step, the prompts read."""
     model: Huginn = jax.tree.unflatten(structure, weights)
     each = functools.partial(_begin_row, model, static)
-    return jax.vmap(each, in_axes=(_SOURCE_AXES, 0, 0))(source, tokens, lengths)
+    return over_rows(each, (_SOURCE_AXES, 0, 0), len(lengths))(source, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
@@ -340,7 +331,8 @@ def _advance(
 ) -> tuple[DepthCache, _Wave]:
     """Up to `stride` outer steps of all rows, fewer when all are done."""
     model: Huginn = jax.tree.unflatten(structure, weights)
-    each = jax.vmap(functools.partial(_step, model, static), in_axes=(_SOURCE_AXES, 0, 0))
+    step = functools.partial(_step, model, static)
+    each = over_rows(step, (_SOURCE_AXES, 0, 0), len(wave.length))
 
     def busy(carry: tuple[DepthCache, _Wave, Array]) -> Array:
         return ~jnp.all(carry[1].is_done) & (carry[2] < stride)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrec.errors import UserError
-from jaxrec.generation.prompts import check_looped, latents, round_up, row_keys
+from jaxrec.generation.prompts import check_looped, latents, over_rows, round_up, row_keys
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw_at
 from jaxrec.models.huginn import Huginn
 from jaxrec.ops.depth.cache import DepthCache, cut
@@ -205,7 +205,7 @@ def _begin(
         row = _Row(cut(cache, length), tokens, length + 1, length, zero, zero, jnp.bool_(False))
         return row._replace(is_done=_is_done(source, row, length))
 
-    return jax.vmap(begin, in_axes=(_SOURCE_AXES, 0, 0))(source, tokens, lengths)
+    return over_rows(begin, (_SOURCE_AXES, 0, 0), len(lengths))(source, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -215,7 +215,7 @@ def _advance(
     """One round of all rows."""
     model: Huginn = jax.tree.unflatten(structure, weights)
     each = functools.partial(_round, model, static)
-    return jax.vmap(each, in_axes=(_SOURCE_AXES, 0))(source, rows)
+    return over_rows(each, (_SOURCE_AXES, 0), len(rows.length))(source, rows)
 
 
 def _round(model: Huginn, static: _Static, source: _Source, row: _Row) -> _Row:

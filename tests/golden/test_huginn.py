@@ -190,7 +190,7 @@ def test_adaptive_exits(case, model):
                 model,
                 [prompt],
                 max_new_tokens=len(loops),
-                exit=generation.Exit(criterion=criterion, threshold=float(threshold)),
+                exit=exit_of(criterion, threshold),
                 depth=int(case["exit_max_steps"]),
                 strategy=strategy,
                 config=GREEDY,
@@ -200,9 +200,18 @@ def test_adaptive_exits(case, model):
         case.check(name, np.array([prompt + new]))
         case.check(f"{prefix}steps", np.array([step.loops[0] for step in steps]))
         values = np.stack([step.values[0] for step in steps])
+        if criterion == "none":  # the original notes a zero for every loop
+            values = np.where(np.arange(values.shape[1]) < loops[:, None], 0.0, np.nan)
         shown = case[f"{prefix}values"].shape[1]
         assert np.all(np.isnan(values[:, shown:]))
         case.check(f"{prefix}values", np.where(np.isnan(values), -1, values)[:, :shown])
+
+
+def exit_of(criterion, threshold):
+    if criterion == "none":
+        return None
+    threshold = None if threshold == "auto" else float(threshold)
+    return generation.Exit(criterion=criterion, threshold=threshold)
 
 
 OPTIONS = {  # of the parallel sampler, with the original's names
