@@ -66,8 +66,8 @@ def _write_run(arguments: Arguments, model: object) -> None:
     config = model.config  # type: ignore[attr-defined]
     if not isinstance(config, LanguageModelConfig):
         raise UserError(
-            f"{arguments.source} holds {type(model).__name__}, which is not a language model, so there"
-            f" is no run to write; use jaxrec.convert.load({arguments.system!r}, ...) in Python."
+            f"{arguments.source} holds {type(model).__name__}, which is not a language model, so"
+            f" there is no run to write; use jaxrec.convert.load({arguments.system!r}, ...) in Python."
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
