@@ -67,7 +67,8 @@ def _write_run(arguments: Arguments, model: object) -> None:
     if not isinstance(config, LanguageModelConfig):
         raise UserError(
             f"{arguments.source} holds {type(model).__name__}, which is not a language model, so"
-            f" there is no run to write; use jaxrec.convert.load({arguments.system!r}, ...) in Python."
+            " there is no run to write; in Python, use"
+            f" jaxrec.convert.load({arguments.system!r}, ...)."
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
