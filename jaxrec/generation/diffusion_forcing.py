@@ -376,7 +376,7 @@ def _begin_row(
         first = _draw(source, last, length[None], tokens, length, length)
         tokens = lax.dynamic_update_slice(tokens, first, (length,))
         size, frozen, start, draws = jnp.ones_like(size), length + 1, length, draws + 1
-        loops = jnp.where(index <= length, static.depth, 0)
+        loops = jnp.where(index <= length, jnp.asarray(static.depth, jnp.int32), 0)
         passes, position_passes = passes + 1, length
     latent = _states(model, static, source, draws, start, room)
     latent = jnp.where(jnp.arange(room)[:, None] < size, latent, 0.0)

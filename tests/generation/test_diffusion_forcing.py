@@ -119,9 +119,16 @@ def test_a_step_limit_ends_what_never_settles():
 
 
 def test_another_key_or_length_compiles_nothing():
-    run()
     before = _advance._cache_size()
-    run(key=jax.random.key(9), latent_key=jax.random.key(8), max_new_tokens=NEW - 1)
+    run(max_new_tokens=NEW, stop_tokens=[100, 101])
+    assert _advance._cache_size() == before + 1
+    before += 1
+    run(
+        stop_tokens=[100, 102],
+        key=jax.random.key(9),
+        latent_key=jax.random.key(8),
+        max_new_tokens=NEW - 1,
+    )
     assert _advance._cache_size() == before
 
 

@@ -74,9 +74,11 @@ def test_rows_end_before_stop_tokens():
 
 
 def test_another_depth_or_key_compiles_nothing():
-    run()
     before = _advance._cache_size()
-    run(draft_depth=3, key=jax.random.key(9))
+    run(stop_tokens=[100, 101])
+    assert _advance._cache_size() == before + 1
+    before += 1
+    run(stop_tokens=[100, 102], draft_depth=3, key=jax.random.key(9))
     assert _advance._cache_size() == before
 
 
