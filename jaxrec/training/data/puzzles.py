@@ -52,3 +52,19 @@ def single_puzzles(inputs: np.ndarray, labels: np.ndarray, *, copies: int = 1) -
         np.arange(puzzles + 1, dtype=np.int32),
         np.arange(0, puzzles + 1, copies, dtype=np.int32),
     )
+
+
+DIHEDRAL_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)
+"""Which of the eight turns and reflections of `dihedral` undoes which."""
+
+
+def dihedral(grid: np.ndarray, which: int) -> np.ndarray:
+    """Turns a grid (x y ...) by 0, 90, 180, 270 degrees to the left, or mirrors it left to right,
+    up to down, along the main or along the other diagonal; numbered as published.
+    """
+    if which < 4:
+        return np.rot90(grid, which)
+    if which < 6:
+        return np.flip(grid, 1 if which == 4 else 0)
+    mirrored = np.swapaxes(grid, 0, 1)
+    return mirrored if which == 6 else np.rot90(mirrored, 2)
