@@ -19,11 +19,14 @@ def ragged(seed=0, groups=7):
     puzzle = np.searchsorted(puzzle_indices, example, side="right") - 1
     group = np.searchsorted(group_indices, puzzle, side="right") - 1
     inputs = np.stack([example, group, puzzle], axis=1)
-    return PuzzleSet(inputs, inputs, 100 + np.arange(puzzles), puzzle_indices, group_indices)
+    # Of kinds of integers that do not mix well.
+    bounds = puzzle_indices.astype(np.uint64), group_indices.astype(np.uint32)
+    return PuzzleSet(inputs, inputs, 100 + np.arange(puzzles), *bounds)
 
 
 def published(puzzles, *, batch, seed, epochs, iterations):
     """(puzzle, count) pairs of each batch, by a loop over draws one at a time."""
+    puzzles = PuzzleSet(*(array.astype(np.int64) for array in puzzles))
     batches = []
     for iteration in range(1, iterations + 1):
         rng = np.random.Generator(np.random.Philox(seed=seed + iteration))

@@ -59,17 +59,18 @@ class GroupBatches:
         self.batch = batch
         self._sets, self._seed, self._epochs = list(sets), seed, epochs
         self._ignored = ignored_label
-        self._sizes = [np.diff(each.puzzle_indices) for each in self._sets]
+        self._sizes = [np.diff(each.puzzle_indices.astype(np.int64)) for each in self._sets]
         # Of sets whose puzzles all have the same number of examples, that number.
         self._common = [
             int(sizes[0]) if np.all(sizes == sizes[0]) else None for sizes in self._sizes
         ]
         for each, sizes in zip(self._sets, self._sizes, strict=True):
-            least = epochs * int(np.minimum.reduceat(sizes, each.group_indices[:-1]).sum())
+            groups = each.group_indices[:-1].astype(np.int64)
+            least = epochs * int(np.minimum.reduceat(sizes, groups).sum())
             if least < batch:
                 raise UserError(
                     f"A batch of {batch} is more than the {least} examples that {epochs} epochs of"
-                    f" {len(each.group_indices) - 1} groups are sure to have. Ask for a smaller"
+                    f" {len(groups)} groups are sure to have. Ask for a smaller"
                     " batch or for more epochs together."
                 )
         self._first_steps = [0]  # of iteration 0, 1, ... as far as known
