@@ -31,16 +31,42 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 pytest.register_assert_rewrite("tests.laws")  # so that a broken law shows its values
 
 
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 10_000
+"""Each compiled program takes several mappings of memory, of which Linux gives a process 65,530;
+XLA crashes when there are no more."""
+
+
+def scope_of(nodeid: str) -> str:
+    """Tests that share fixtures and compiled programs: those of a file, and in laws.py those of one
+    subject, whose name ends the brackets.
+    """
+    file = nodeid.partition("::")[0]
+    subject = nodeid.rpartition("[")[2].rpartition("-")[2]
+    return subject if file.endswith("laws.py") else file
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With pytest-xdist, what shares fixtures and compiled programs stays in one process: the tests
-    of a file, and in laws.py those of one subject, whose name ends the brackets."""
+    """With pytest-xdist, a scope stays in one process."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            subject = nodeid.rpartition("[")[2].rpartition("-")[2]
-            return subject if file.endswith("laws.py") else file
+            return scope_of(nodeid)
 
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Between scopes, drops what was compiled before the process runs out of mappings."""
+    if nextitem is None or scope_of(item.nodeid) == scope_of(nextitem.nodeid):
+        return
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
