@@ -249,19 +249,17 @@ def puzzle_set(puzzles: list[Sudoku], *, augmentations: int = 0, seed: int = 0) 
 
     The published training set has 1000 copies of each puzzle, the test set none.
     """
-    copies = []
-    for index, puzzle in enumerate(puzzles):
+    rows, copies = puzzle_rows(puzzles), augmentations + 1
+    inputs, labels = (x.astype(np.uint8).repeat(copies, axis=0) for x in rows[:2])
+    size = len(puzzles[0].question)
+    for index in range(len(puzzles)):
         rng = np.random.default_rng([seed, index])
-        copies.append(puzzle)
-        for _ in range(augmentations):
-            change = symmetry(len(puzzle.question), rng)
-            copies.append(
-                puzzle._replace(question=change(puzzle.question), answer=change(puzzle.answer))
-            )
-    rows = puzzle_rows(copies)
-    return single_puzzles(
-        rows.tokens.astype(np.uint8), rows.labels.astype(np.uint8), copies=augmentations + 1
-    )
+        for copy in range(index * copies + 1, (index + 1) * copies):
+            change = symmetry(size, rng)
+            digits = change.digits.astype(np.uint8) + 1  # of tokens: blank is 1
+            inputs[copy] = digits[inputs[copy] - 1][change.cells]
+            labels[copy] = digits[labels[copy] - 1][change.cells]
+    return single_puzzles(inputs, labels, copies=copies)
 
 
 def vocabulary(size: int) -> int:
