@@ -20,6 +20,10 @@ FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 """No puzzle with fewer clues has only one solution."""
 ATTEMPTS = 200
 """Grids that `make` tries before it says that it cannot find what was asked for."""
+MOST_BACKTRACKS = 1_000_000
+"""Wrong guesses, about a minute of them, after which a search gives up. A puzzle made to be hard
+for such searches needs 18,605; one without a solution may need far more.
+"""
 
 
 class Search(NamedTuple):
@@ -108,14 +112,14 @@ def search(puzzle: np.ndarray, *, most: int = 2, rng: np.random.Generator | None
       wrong guesses of the whole search, which do not depend on the order of the digits.
 
     Raises:
-      UserError: the puzzle breaks the rules, see `check`.
+      UserError: the puzzle breaks the rules, see `check`, or the search gave up.
     """
     puzzle = check(puzzle)
     size = len(puzzle)
     row_of, column_of, box_of = (unit_of.tolist() for unit_of in _units(size))
     cells = puzzle.reshape(-1).tolist()
-    free = [[(1 << size) - 1] * size for _ in range(3)]  # bit d - 1: the unit still lacks digit d
-    rows, columns, boxes = free
+    # Bit d - 1 of a unit: it still lacks digit d.
+    rows, columns, boxes = ([(1 << size) - 1] * size for _ in range(3))
     solutions: list[np.ndarray] = []
     backtracks = 0
 
@@ -149,6 +153,10 @@ def search(puzzle: np.ndarray, *, most: int = 2, rng: np.random.Generator | None
             if len(solutions) >= most:
                 return
             backtracks += fewest > 1 and len(solutions) == before
+            if backtracks > MOST_BACKTRACKS:
+                raise UserError(
+                    f"Sudoku: gave up after {MOST_BACKTRACKS} wrong guesses; give more clues."
+                )
 
     for cell, digit in enumerate(cells):
         if digit:
@@ -167,7 +175,7 @@ def solve(puzzle: np.ndarray) -> Sudoku:
     if len(found.solutions) != 1:
         count = "no solution" if not found.solutions else "more than one solution"
         raise UserError(
-            f"Sudoku: a puzzle must have exactly one solution; this one with"
+            "Sudoku: a puzzle must have exactly one solution; this one with"
             f" {np.count_nonzero(puzzle)} clues has {count}."
         )
     return Sudoku(check(puzzle), found.solutions[0], found.backtracks)
