@@ -10,6 +10,7 @@ from jaxrec.convert.engine import DESCRIBED_BY
 
 EXPERIMENTS = {
     "graph_classifier": "experiments/plstm_graphs",
+    "hrm": "experiments/hrm_sudoku",
     "huginn": "experiments/huginn",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",

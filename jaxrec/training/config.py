@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from jaxrec.errors import UserError, nearest
 from jaxrec.ops.depth.remat import REMAT_POLICIES, RematPolicy
 
-Optimizer = Literal["adamw", "adam_atan2", "lamb"]
+Optimizer = Literal["adamw", "adam_atan2", "atan2", "lamb"]
 Schedule = Literal["cosine", "trapezoid", "constant"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -23,8 +23,9 @@ class OptimizerConfig:
     """The update rule and the learning rate over the run."""
 
     name: Optimizer = "adamw"
-    """adamw; adam_atan2: the rule Huginn was trained with (arXiv:2502.05171); or lamb, for large
-    batches (arXiv:1904.00962)."""
+    """adamw; adam_atan2: the rule Huginn was trained with (arXiv:2502.05171); atan2: the plainer
+    one of HRM (arXiv:2506.21734), in which all parameters decay; or lamb, for large batches
+    (arXiv:1904.00962)."""
     learning_rate: float = 2e-3
     """Peak learning rate, > 0."""
     beta1: float = 0.9
@@ -33,10 +34,10 @@ class OptimizerConfig:
     """Decay of the second moment per step, in [0, 1)."""
     epsilon: float = 1e-8
     """adamw, lamb: added to the root of the second moment. adam_atan2: its square is the least
-    second moment. > 0."""
+    second moment. atan2 has none. > 0."""
     weight_decay: float = 0.1
-    """Share of a weight removed per step: times the learning rate in adamw, times learning rate /
-    peak in adam_atan2; lamb scales it as all of its step."""
+    """Share of a weight removed per step: times the learning rate in adamw and atan2, times
+    learning rate / peak in adam_atan2; lamb scales it as all of its step."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient, > 0; None leaves the gradient as it is."""
     schedule: Schedule = "cosine"

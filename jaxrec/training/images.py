@@ -29,13 +29,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError
-from jaxrec.layers.axes import LOGICAL_TO_MESH
 from jaxrec.training import optim, sharding
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig, Precision
 from jaxrec.training.data.batches import prefetch
 from jaxrec.training.data.images import ImageFolder, Images
-from jaxrec.training.metrics import MetricsLog, truncate_after
+from jaxrec.training.metrics import MetricsLog, report, truncate_after
 from jaxrec.training.sharding import OnMesh
 from jaxrec.training.step import cast_matrices, is_matrix, step_key
 
@@ -288,10 +287,10 @@ def train_images(
         rows = sharding.host_rows(settings.batch)
         ahead = stack.enter_context(contextlib.closing(prefetch(read, first, last, rows)))
         for step, batch in ahead:
-            state, loss = steps.train(state, _put(batch, mesh))
+            state, loss = steps.train(state, sharding.put_rows(batch, mesh))
             now = step + 1
             if now % settings.log_every == 0 or now == last:
-                _report(log, stream, now, {"loss": float(loss)}, "train")
+                report(log, stream, now, {"loss": float(loss)}, "train")
                 if not np.isfinite(float(loss)):
                     raise UserError(
                         f"The loss of step {now} is {float(loss)}. Lower the learning rate; the"
@@ -299,7 +298,7 @@ def train_images(
                     )
             if now % save_every == 0 or now == last:
                 accuracy = score(state)
-                _report(log, stream, now, {"accuracy": accuracy}, "valid")
+                report(log, stream, now, {"accuracy": accuracy}, "valid")
                 checkpoints.save(now, state, {"accuracy": accuracy})
     return ImageResults(steps.merge(state["params"]), accuracy, last)
 
@@ -327,22 +326,8 @@ def _accuracy(
         places = (begin + np.arange(settings.batch))[sharding.host_rows(settings.batch)]
         weights = (places < len(data)).astype(np.float32)
         batch = data.read((places % len(data)).tolist())
-        right += float(steps.right(state["params"], *_put((batch, weights), mesh)))
+        right += float(steps.right(state["params"], *sharding.put_rows((batch, weights), mesh)))
     return right / len(data)
-
-
-def _put(batch: Any, mesh: Mesh) -> Any:
-    place = NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
-
-
-def _report(
-    log: MetricsLog, stream: TextIO | None, step: int, values: dict[str, float], kind: str
-) -> None:
-    log.log(step, values, kind=kind)
-    if stream is not None:
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        stream.write(f"step {step}  {text}\n")
 
 
 def _check(

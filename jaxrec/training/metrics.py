@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -92,6 +92,16 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     A last line that a killed run left half written is dropped.
     """
     return [_numbers(json.loads(line)) for line in _whole_lines(Path(path))]
+
+
+def report(
+    log: MetricsLog, stream: TextIO | None, step: int, values: Mapping[str, float], kind: str
+) -> None:
+    """Logs a line, and writes it as text to a stream, if there is one."""
+    log.log(step, values, kind=kind)
+    if stream is not None:
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        stream.write(f"step {step}  {text}\n")
 
 
 def truncate_after(path: str | Path, step: int) -> None:

@@ -44,6 +44,13 @@ def build(
     )
     if config.name == "adam_atan2":
         return optax.chain(clip, adam_atan2(rate, config, mask=mask, stacked=stacked))
+    if config.name == "atan2":
+        return optax.chain(
+            clip,
+            scale_by_atan2(config.beta1, config.beta2),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
     return optax.chain(
         clip,
         scale_by_adam(config),

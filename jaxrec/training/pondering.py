@@ -102,17 +102,14 @@ def segment(
 
     asked = rows.labels != IGNORED
     labels = jnp.where(asked, rows.labels, 0)
-    log_p = (
-        log_stablemax(logits) if config.normaliser == "stablemax" else jax.nn.log_softmax(logits)
-    )
-    chosen = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    normaliser = log_stablemax if config.normaliser == "stablemax" else jax.nn.log_softmax
+    chosen = jnp.take_along_axis(normaliser(logits), labels[..., None], axis=-1)[..., 0]
     answers = jnp.sum(asked, axis=-1, dtype=jnp.int32)
-    share = 1 / jnp.maximum(answers, 1).astype(jnp.float32)
-    right = asked & (jnp.argmax(logits, axis=-1) == labels)
-    solved = jnp.sum(right, axis=-1, dtype=jnp.int32) == answers
+    surprise = jnp.sum(jnp.where(asked, -chosen, 0), axis=-1)
+    right, solved = scores(logits, rows.labels)
 
     losses = {
-        "answer_loss": jnp.sum(jnp.where(asked, -chosen, 0) * share[:, None]),
+        "answer_loss": jnp.sum(surprise / jnp.maximum(answers, 1).astype(jnp.float32)),
         "q_halt_loss": _binary(q[:, 0], solved.astype(jnp.float32)),
     }
     if target is not None:
@@ -127,12 +124,25 @@ def segment(
 
     metrics = losses | {
         "count": total(jnp.ones_like(steps)),
-        "accuracy": total(jnp.sum(right, axis=-1, dtype=jnp.float32) * share),
+        "accuracy": total(right),
         "exact_accuracy": total(solved.astype(jnp.int32)),
         "q_halt_accuracy": total(((q[:, 0] >= 0) == solved).astype(jnp.int32)),
         "segments": total(steps),
     }
     return loss, Segment(Carry(latent, steps, halted, rows), logits, q, target, metrics)
+
+
+def scores(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Share of the asked tokens that are right, float32 (b), and whether all are, bool (b).
+
+    Args:
+      logits: (b s vocab).
+      labels: int (b s); IGNORED where nothing is asked.
+    """
+    asked = labels != IGNORED
+    right = jnp.sum(asked & (jnp.argmax(logits, axis=-1) == labels), axis=-1, dtype=jnp.int32)
+    answers = jnp.sum(asked, axis=-1, dtype=jnp.int32)
+    return right.astype(jnp.float32) / jnp.maximum(answers, 1).astype(jnp.float32), right == answers
 
 
 def _binary(logits: Array, probability: Array) -> Array:

@@ -239,6 +239,14 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def put_rows(batch: Tree, mesh: Mesh) -> Tree:
+    """Puts arrays (b ...) on the mesh, their rows split over data and fsdp; each host passes its
+    own share of the global batch, in the order of the process index.
+    """
+    place = NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
 def _map_variables(function: Callable[[tuple[Any, ...], nnx.Variable], Any], model: Model) -> Tree:
     """Applies function(path, variable) to all variables; a nested dictionary keyed by attribute."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)

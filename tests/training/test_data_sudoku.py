@@ -12,6 +12,7 @@ KNOWN = "53..7.... 6..195... .98....6. 8...6...3 4..8.3..1 7...2...6 .6....28. .
 KNOWN_ANSWER = (
     "534678912 672195348 198342567 859761423 426853791 713924856 961537284 287419635 345286179"
 )
+HARD = "4.....8.5.3..........7......2.....6.....8.4......1.......6.3.7.5..2.....1.4......"
 EMPTY = np.zeros((4, 4), np.int64)
 
 
@@ -69,15 +70,19 @@ def test_the_solver_finds_what_trying_everything_finds():
 
 def test_backtracks_count_wrong_guesses():
     # With one solution any other branch of a guess is wrong: there are as many as were not taken.
-    hard = sudoku.parse(
-        "4.....8.5.3..........7......2.....6.....8.4......1.......6.3.7.5..2.....1.4......"
-    )
+    hard = sudoku.parse(HARD)
     solved = sudoku.solve(hard)
     assert solved.backtracks > 100
     digits = np.array([0, 3, 1, 2, 9, 8, 7, 6, 5, 4])
     assert sudoku.solve(digits[hard]).backtracks == solved.backtracks
     assert sudoku.search(hard, rng=np.random.default_rng(0)).backtracks == solved.backtracks
     assert sudoku.solve(solved.answer).backtracks == 0
+
+
+def test_a_search_gives_up_in_the_end(monkeypatch):
+    monkeypatch.setattr(sudoku, "MOST_BACKTRACKS", 20)
+    with pytest.raises(UserError, match="gave up after 20 wrong guesses; give more clues"):
+        sudoku.solve(sudoku.parse(HARD))
 
 
 @pytest.mark.parametrize("size", [4, 6, 9])

@@ -145,6 +145,7 @@ class OrderedBatches:
 
     Attributes:
       num_batches: batches of the pass, the last one counted whole.
+      count: examples of the pass.
     """
 
     def __init__(
@@ -171,7 +172,8 @@ class OrderedBatches:
         if batch < 1:
             raise UserError(f"batch must be at least 1; got {batch}.")
         self.batch = batch
-        self.num_batches = -(-len(puzzles.inputs) // batch)
+        self.count = len(puzzles.inputs)
+        self.num_batches = -(-self.count // batch)
         self._puzzles, self._ignored, self._pad, self._blank = puzzles, ignored_label, pad, blank
 
     def __call__(self, step: int, rows: slice | tuple[int, int] = slice(None)) -> Rows:

@@ -20,6 +20,10 @@ FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 """No puzzle with fewer clues has only one solution."""
 ATTEMPTS = 200
 """Grids that `make` tries before it says that it cannot find what was asked for."""
+MOST_BACKTRACKS = 1_000_000
+"""Wrong guesses, about a minute of them, after which a search gives up. A puzzle made to be hard
+for such searches needs 18,605; one without a solution may need far more.
+"""
 
 
 class Search(NamedTuple):
@@ -108,14 +112,14 @@ def search(puzzle: np.ndarray, *, most: int = 2, rng: np.random.Generator | None
       wrong guesses of the whole search, which do not depend on the order of the digits.
 
     Raises:
-      UserError: the puzzle breaks the rules, see `check`.
+      UserError: the puzzle breaks the rules, see `check`, or the search gave up.
     """
     puzzle = check(puzzle)
     size = len(puzzle)
     row_of, column_of, box_of = (unit_of.tolist() for unit_of in _units(size))
     cells = puzzle.reshape(-1).tolist()
-    free = [[(1 << size) - 1] * size for _ in range(3)]  # bit d - 1: the unit still lacks digit d
-    rows, columns, boxes = free
+    # Bit d - 1 of a unit: it still lacks digit d.
+    rows, columns, boxes = ([(1 << size) - 1] * size for _ in range(3))
     solutions: list[np.ndarray] = []
     backtracks = 0
 
@@ -149,6 +153,10 @@ def search(puzzle: np.ndarray, *, most: int = 2, rng: np.random.Generator | None
             if len(solutions) >= most:
                 return
             backtracks += fewest > 1 and len(solutions) == before
+            if backtracks > MOST_BACKTRACKS:
+                raise UserError(
+                    f"Sudoku: gave up after {MOST_BACKTRACKS} wrong guesses; give more clues."
+                )
 
     for cell, digit in enumerate(cells):
         if digit:
@@ -167,7 +175,7 @@ def solve(puzzle: np.ndarray) -> Sudoku:
     if len(found.solutions) != 1:
         count = "no solution" if not found.solutions else "more than one solution"
         raise UserError(
-            f"Sudoku: a puzzle must have exactly one solution; this one with"
+            "Sudoku: a puzzle must have exactly one solution; this one with"
             f" {np.count_nonzero(puzzle)} clues has {count}."
         )
     return Sudoku(check(puzzle), found.solutions[0], found.backtracks)
@@ -249,19 +257,17 @@ def puzzle_set(puzzles: list[Sudoku], *, augmentations: int = 0, seed: int = 0) 
 
     The published training set has 1000 copies of each puzzle, the test set none.
     """
-    copies = []
-    for index, puzzle in enumerate(puzzles):
+    rows, copies = puzzle_rows(puzzles), augmentations + 1
+    inputs, labels = (x.astype(np.uint8).repeat(copies, axis=0) for x in rows[:2])
+    size = len(puzzles[0].question)
+    for index in range(len(puzzles)):
         rng = np.random.default_rng([seed, index])
-        copies.append(puzzle)
-        for _ in range(augmentations):
-            change = symmetry(len(puzzle.question), rng)
-            copies.append(
-                puzzle._replace(question=change(puzzle.question), answer=change(puzzle.answer))
-            )
-    rows = puzzle_rows(copies)
-    return single_puzzles(
-        rows.tokens.astype(np.uint8), rows.labels.astype(np.uint8), copies=augmentations + 1
-    )
+        for copy in range(index * copies + 1, (index + 1) * copies):
+            change = symmetry(size, rng)
+            digits = change.digits.astype(np.uint8) + 1  # of tokens: blank is 1
+            inputs[copy] = digits[inputs[copy] - 1][change.cells]
+            labels[copy] = digits[labels[copy] - 1][change.cells]
+    return single_puzzles(inputs, labels, copies=copies)
 
 
 def vocabulary(size: int) -> int:
