@@ -167,8 +167,8 @@ def test_bfloat16_weights_keep_a_float32_state_and_stay_close(config, model):
     for leaf, like in zip(jax.tree.leaves(state), fresh, strict=True):
         assert leaf.dtype == like.dtype
     want, _ = run(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small), TOKENS)
-    # Measured, in bfloat16's epsilon of the largest logit: 0.6 to 1.0; ParaRNNs, which normalise the
-    # small states behind their cells, 1.9 and 2.7.
+    # Measured, in bfloat16's epsilon of the largest logit: 0.6 to 1.0; ParaRNNs, which normalise
+    # the small states behind their cells, 1.9 and 2.7.
     allowed = 4.0 if isinstance(config, ParaRNNLMConfig) else 1.5
     np.testing.assert_allclose(logits, want, atol=allowed * 2.0**-7 * np.max(np.abs(want)))
 
