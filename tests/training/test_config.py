@@ -35,7 +35,7 @@ def test_a_run_that_cannot_work_is_refused(options, message):
     [
         (
             {"name": "adam"},
-            "optimizer.name must be one of adamw, adam_atan2, atan2, lamb; got 'adam'. Did you mean adamw",
+            "must be one of adamw, adam_atan2, atan2, lamb; got 'adam'. Did you mean adamw",
         ),
         ({"schedule": "linear"}, "optimizer.schedule must be one of"),
         ({"learning_rate": 0.0}, "optimizer.learning_rate must be positive"),
