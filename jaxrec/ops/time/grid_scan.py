@@ -76,7 +76,7 @@ def grid_scan(
         definition; "parallel" merges nodes in logarithmic depth into a gating tensor, which weighs
         the products of queries and keys, and loops over anti-diagonals of tiles if there are
         several; "rows" makes that tensor row by row, in a loop; "auto" is parallel on accelerators
-        and in tiles, and rows on CPU, where it takes as long and compiles in a fifth of the time.
+        and in tiles, and rows on CPU, where fewer and larger products compile faster.
 
     Returns:
       y (b x y h v jo), or (b x y h v), in v's dtype. The gradient works gating tensors out again.
