@@ -176,13 +176,7 @@ def build_image_steps(
         found = jnp.argmax(logits(params, _normalised(batch.images), None), axis=-1)
         return jnp.sum(jnp.where(found == batch.labels, weights, 0.0))
 
-    shapes = jax.eval_shape(init)
-    places = sharding.state_shardings(
-        shapes, sharding.parameter_shardings(abstract_model, mesh), mesh
-    )
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
+    abstract, places = sharding.placed(jax.eval_shape(init), abstract_model, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return ImageSteps(
         init=OnMesh(jax.jit(init, out_shardings=places), mesh),

@@ -201,14 +201,8 @@ def build_puzzle_steps(
         carry = pondering.take_next(model, model.init_carry(rows), rows)
         return jax.lax.scan(body, carry, length=config.max_segments)[1]
 
-    shapes = jax.eval_shape(init)
-    places = sharding.state_shardings(
-        shapes, sharding.parameter_shardings(abstract_model, mesh), mesh
-    )
-    by_row = NamedSharding(mesh, PartitionSpec(sharding.LOGICAL_TO_MESH["batch"]))
-    places["carry"] = jax.tree.map(lambda _: by_row, shapes["carry"])
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    abstract, places = sharding.placed(
+        jax.eval_shape(init), abstract_model, mesh, by_row=("carry",)
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     return PuzzleSteps(

@@ -239,6 +239,33 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def placed(
+    state: dict[str, Tree], model: Model, mesh: Mesh, *, by_row: tuple[str, ...] = ()
+) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Where the state of a run lies.
+
+    Args:
+      state: abstract training state, see `state_shardings`.
+      model: whose parameters are in it, real or abstract.
+      mesh: the mesh.
+      by_row: entries of the state whose arrays are (b ...) and lie where the batch does.
+
+    Returns:
+      The abstract state with shardings, and the shardings alone.
+
+    Raises:
+      UserError: a parameter does not divide over the mesh.
+    """
+    places = state_shardings(state, parameter_shardings(model, mesh), mesh)
+    rows = NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+    for name in by_row:
+        places[name] = jax.tree.map(lambda _: rows, state[name])
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+    return abstract, places
+
+
 def put_rows(batch: Tree, mesh: Mesh) -> Tree:
     """Puts arrays (b ...) on the mesh, their rows split over data and fsdp; each host passes its
     own share of the global batch, in the order of the process index.

@@ -159,13 +159,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
             return {}
         return model.measure(batch["inputs"], segment_ids=batch["segment_ids"])
 
-    shapes = jax.eval_shape(init)
-    places = sharding.state_shardings(
-        shapes, sharding.parameter_shardings(abstract_model, mesh), mesh
-    )
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
+    abstract, places = sharding.placed(jax.eval_shape(init), abstract_model, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return Steps(
         init=OnMesh(jax.jit(init, out_shardings=places), mesh),
