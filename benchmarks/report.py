@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxrec.cli import bench_tables
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 MARK = "<!-- Below this line everything is written by benchmarks/report.py. -->"
 
 
@@ -26,16 +27,16 @@ def markdown(table: bench_tables.Table) -> list[str]:
     ]
 
 
-def main() -> None:
-    readme = HERE / "README.md"
-    lines = [readme.read_text().partition(MARK)[0] + MARK, ""]
+def report() -> str:
+    """The README with the tables of all results."""
+    lines = [README.read_text().partition(MARK)[0] + MARK, ""]
     for path in sorted((HERE / "results").glob("*.json")):
-        report = json.loads(path.read_text())
-        lines += [f"`results/{path.name}`: {bench_tables.machine(report)}.", ""]
-        for table in bench_tables.tables(report):
+        found = json.loads(path.read_text())
+        lines += [f"`results/{path.name}`: {bench_tables.machine(found)}.", ""]
+        for table in bench_tables.tables(found):
             lines += markdown(table)
-    readme.write_text("\n".join(lines).rstrip() + "\n")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    README.write_text(report())

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain dictionaries and back, and objects named by import path.
+"""Frozen dataclasses to plain dictionaries and back, JSON files, and objects named by import path.
 
 A configuration is a frozen dataclass whose fields are numbers, strings, booleans, None, tuples or
 other such dataclasses. `from_dict(cls, to_dict(config)) == config` for every one of them.
@@ -41,7 +41,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     for name in data:
         if name not in fields:
             raise UserError(
-                f"{cls.__name__} has no field {where}{name}.{nearest(name, fields)}"
+                f"{cls.__name__} has no field {where}{name}.{nearest(str(name), fields)}"
                 f" The fields are: {', '.join(fields)}."
             )
     for name, field in fields.items():
@@ -53,6 +53,38 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      UserError: it cannot be read, or is not JSON, or nested beyond all sense.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+        raise UserError(f"Cannot read {file}: it is not JSON ({error}).") from error
+
+
+def beside(folder: Path, name: Any) -> Path:
+    """The file of that name in a folder, for names that were read from a file.
+
+    A link may lead elsewhere in the folder, or to the blobs of a Hugging Face cache, in whose
+    snapshots every file is a link.
+
+    Raises:
+      UserError: the name is no plain name of a file, or the file lies elsewhere.
+    """
+    if not isinstance(name, str) or not name.strip(".") or set(name) & set("/\\\0"):
+        raise UserError(f"{folder} names {name!r}; files must lie in that folder itself.")
+    file, home = folder / name, folder.resolve()
+    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(file.resolve().is_relative_to(place) for place in places):
+        raise UserError(f"{file} is a link that leaves {folder}; put the file itself there.")
+    return file
 
 
 def at_least(config: Any, least: float, *fields: str) -> None:
@@ -67,6 +99,18 @@ def at_least(config: Any, least: float, *fields: str) -> None:
                 f"{type(config).__name__}: {field} must be >= {least}, got"
                 f" {getattr(config, field)}."
             )
+
+
+def above(config: Any, bound: float, *fields: str) -> None:
+    """Checks fields of a dataclass that are not None.
+
+    Raises:
+      ValueError: one of them is not larger; the message names it.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value > bound:  # also refuses NaN
+            raise ValueError(f"{type(config).__name__}: {field} must be > {bound}, got {value}.")
 
 
 def multiple_of(config: Any, divisor: str, *fields: str) -> None:
@@ -172,7 +216,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     is_wrong = isinstance(hint, type) and not isinstance(value, hint)
     if is_wrong or (hint is int and isinstance(value, bool)):  # Python: True is an int

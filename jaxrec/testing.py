@@ -24,9 +24,10 @@ def assert_close(
         return
     wide = np.result_type(got.dtype, expected.dtype, np.float64)
     got, expected = got.astype(wide), expected.astype(wide)
-    assert np.isfinite(got).all(), (
-        f"{name}: {np.sum(~np.isfinite(got))} of {got.size} are not finite"
-    )
+    for what, x in (("", got), (" expected", expected)):
+        assert np.isfinite(x).all(), (
+            f"{name}: {np.sum(~np.isfinite(x))} of {x.size}{what} are not finite"
+        )
     error = np.abs(got - expected)
     allowed = atol + rtol * np.max(np.abs(expected))
     if np.max(error) <= allowed:

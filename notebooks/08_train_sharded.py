@@ -29,10 +29,15 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrec.models import huginn
-from jaxrec.training import OptimizerConfig, TrainConfig, train
+from jaxrec.training import OptimizerConfig, TrainConfig, sharding, train
+from jaxrec.training.losses import cross_entropy
 from jaxrec.training.metrics import read
 
 # %% [markdown]
@@ -100,3 +105,56 @@ run(dataclasses.replace(config, name="both", mesh="data=4,fsdp=2"))
 print("loss at step 30:", {name: values[-1] for name, values in losses.items()})
 print("resumed on another mesh:", read(runs / "both" / "metrics.jsonl")[-2]["loss"])
 assert max(difference) < 1e-3
+
+# %% [markdown]
+# ## What `pmap` used to be
+#
+# `jax.pmap` maps a function over a leading axis of its arguments, one entry per device: parameters
+# are copied, the batch is reshaped to (devices, rows, ...), and the mean of the gradient is written
+# out. `data=8` on a mesh is the same program, said by where the arrays lie: no reshaping, and the
+# sum over devices follows from the mean over the batch. Below one step of gradient descent both
+# ways, on the first model trained above.
+
+# %%
+graph, params = nnx.split(one.model)
+params = jax.device_get(params)
+tokens = np.random.default_rng(0).integers(0, 256, (8, 33), dtype=np.int32)
+
+
+def loss(params, tokens):
+    logits, _ = nnx.merge(graph, params)(tokens[:, :-1], depth=4)
+    return cross_entropy(logits, tokens[:, 1:])
+
+
+def descend(params, gradient):
+    return jax.tree.map(lambda x, slope: x - 0.1 * slope, params, gradient)
+
+
+def step_of_one_device(params, tokens):
+    value, gradient = jax.value_and_grad(loss)(params, tokens)
+    gradient = jax.lax.pmean(gradient, "devices")
+    return descend(params, gradient), jax.lax.pmean(value, "devices")
+
+
+def step_of_the_batch(params, tokens):
+    value, gradient = jax.value_and_grad(loss)(params, tokens)
+    return descend(params, gradient), value
+
+
+copies = jax.tree.map(lambda x: np.broadcast_to(x[None], (8, *x.shape)), params)
+mapped, values = jax.pmap(step_of_one_device, axis_name="devices")(copies, tokens[:, None])
+jax.block_until_ready(mapped)
+
+mesh = sharding.build_mesh("data=8")
+everywhere = NamedSharding(mesh, PartitionSpec())
+with jax.set_mesh(mesh):
+    spread, value = jax.jit(step_of_the_batch)(
+        jax.device_put(params, everywhere), jax.device_put(tokens, sharding.batch_sharding(mesh))
+    )
+    jax.block_until_ready(spread)
+
+print(f"loss by pmap {values[0]:.6f}, on the mesh {value:.6f}")
+pairs = zip(jax.tree.leaves(mapped), jax.tree.leaves(spread), strict=True)
+gap = max(float(jnp.max(jnp.abs(a[0] - b))) for a, b in jax.device_get(list(pairs)))
+print(f"largest difference of a parameter after the step: {gap:.1e}")
+assert abs(values[0] - value) < 1e-5 and gap < 1e-5

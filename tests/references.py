@@ -824,6 +824,109 @@ def huginn(params, tokens, latent, reset, config, depth):
     return rms_norm(params["norm"], x, config.norm_epsilon) @ head["table"].T
 
 
+def sinusoid(position, width, dtype):
+    """(d) of one position; the angle is a product in this precision, which is most of its error."""
+    half = width // 2
+    frequency = 10000.0 ** (-np.arange(half) / max(half - 1, 1))
+    angle = dtype.type(position) * frequency.astype(dtype)
+    return np.concatenate([np.sin(angle), np.cos(angle), np.zeros(width % 2, dtype)])
+
+
+def separable_conv(params, x, reset):
+    for kernel, after in ("first_kernel", "up"), ("second_kernel", "out"):
+        taps, channels = params[kernel].shape
+        window = np.zeros((x.shape[0], taps - 1, channels), x.dtype)
+        x, _ = causal_conv(x, params[kernel], np.zeros(channels, x.dtype), window, reset)
+        x = linear(params[after], x)
+        x = np.maximum(x, 0) if after == "up" else x
+    return x
+
+
+def universal_layer(params, x, reset, config):
+    def add(name, sublayer, x):
+        norm = params[f"{name}_norm"]
+        if config.order == "post":
+            return layer_norm(norm, x + sublayer(params[name], x), config.norm_epsilon)
+        return x + sublayer(params[name], layer_norm(norm, x, config.norm_epsilon))
+
+    def mix(params, x):
+        q, kv = linear(params["query"], x), linear(params["key_value"], x)
+        y = attend(q, kv[:, :, 0], kv[:, :, 1], visible(reset))
+        return linear(params["out"], y.reshape(*x.shape[:2], -1))
+
+    def transition(params, x):
+        if config.transition == "conv":
+            return separable_conv(params, x, reset)
+        return linear(params["out"], np.maximum(linear(params["up"], x), 0))
+
+    return add("transition", transition, add("attention", mix, x))
+
+
+def positions(reset):
+    """How far each step is behind the last reset, (b t)."""
+    found = np.zeros(reset.shape, int)
+    for b, t in np.ndindex(reset.shape):
+        found[b, t] = 0 if t == 0 or reset[b, t] else found[b, t - 1] + 1
+    return found
+
+
+def universal_transformer(params, tokens, reset, config, offset=0):
+    """Logits, and loops that counted plus the remainder of each position (b t)."""
+    table, stack = params["embedding"]["table"], params["decoder"]
+    width, dtype = config.width, table.dtype
+    x = table[tokens] * dtype.type(width**0.5)
+    position = positions(reset) + offset
+
+    def fixed(shift):
+        rows = [sinusoid(p + shift, width, dtype) for p in position.ravel()]
+        return np.array(rows).reshape(*position.shape, width)
+
+    def run(name, x, count):
+        for i in range(count):
+            x = universal_layer(layer(stack[name], i), x, reset, config)
+        return x
+
+    if config.layers_before:
+        x = run("before", x + fixed(0), config.layers_before)
+    out = np.zeros_like(x)
+    h, remainder, updates = (np.zeros(tokens.shape, dtype) for _ in range(3))
+    for t in range(config.steps):
+        p_x = fixed(config.context * t // config.steps if config.start == "step" else 0)
+        e = sinusoid(t, width, dtype)
+        if config.step_coordinates == "learned":
+            e = stack["coordinates"]["table"][t] * dtype.type(width**0.5)
+        if config.join == "add":
+            prepared = x + p_x + e
+        else:
+            wide = np.concatenate([x, p_x, np.broadcast_to(e, x.shape)], axis=-1)
+            prepared = linear(stack["coordinates"]["join"], wide)
+        new = run("core", prepared, config.block_layers)
+        if config.halting == "none":
+            x = new
+            continue
+        p = sigmoid(linear(stack["halt"], prepared)[..., 0])
+        for at in np.ndindex(tokens.shape):
+            if h[at] >= 1:
+                if config.rule == "copy-halted":
+                    new[at] = x[at]
+                continue
+            updates[at] += 1
+            if h[at] + p[at] > 1 - config.halting_epsilon:
+                u = remainder[at] = 1 - h[at]
+                h[at] = 1
+            else:
+                u = p[at]
+                h[at] += u
+            out[at] = u * new[at] + ((1 - u) if config.rule == "interpolate" else 1) * out[at]
+        x = new
+    x = x if config.halting == "none" else out
+    x = run("after", x, config.layers_after)
+    if config.order == "pre":
+        x = layer_norm(stack["norm"], x, config.norm_epsilon)
+    head = params["embedding"] if config.tie_embeddings else params["head"]
+    return x @ head["table"].T, updates + remainder
+
+
 def bilinear(a, b, step, alpha):
     """A_bar and B_bar for each step; alpha = 0 Euler, 1/2 bilinear, 1 backward Euler."""
     identity = np.eye(b.shape[0], dtype=b.dtype)

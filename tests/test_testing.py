@@ -19,6 +19,7 @@ def test_close_arrays_pass():
         ),
         ([[1.0]], [1.0], r"x: shape \(1, 1\), expected \(1,\)"),
         ([1.0, np.nan], [1.0, 2.0], "x: 1 of 2 are not finite"),
+        ([1.0, 2.0], [np.inf, 2.0], "x: 1 of 2 expected are not finite"),
         ([1j], [0j], "off by 1.00e"),
     ],
 )

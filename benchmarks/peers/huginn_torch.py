@@ -1,11 +1,13 @@
 """Huginn as plain PyTorch in eager mode: what `jaxrec bench train` is measured against.
 
 The equations of jaxrec/models/huginn.py, written the way a PyTorch user would: fused projections,
-`scaled_dot_product_attention`, `silu`, `rms_norm`, complex multiplication for the rotation. Weights
-come from `jaxrec.convert` under the names of the published checkpoints, so both programs compute
-the same function.
+`scaled_dot_product_attention`, `silu`, `rms_norm`, complex multiplication for the rotation, a cache
+of keys and values that grows by concatenation. Weights come from `jaxrec.convert` under the names
+of the published checkpoints, so both programs compute the same function.
 """
 
+import collections
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jaxrec.models.huginn import HuginnConfig
+
+Slot = dict[str, Tensor]  # keys and values (b h t k) of one execution of a block
 
 
 def rotation(time: int, head_width: int, base: float) -> Tensor:
@@ -48,14 +52,18 @@ class SelfAttention(nn.Module):
         shape = (2, 1, config.heads, config.width // config.heads)
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, slot: Slot | None) -> Tensor:
         batch, time, width = x.shape
         q, k, v = self.Wqkv(x).view(batch, time, 3, self.heads, -1).unbind(2)
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0], k + self.qk_bias[1]
         q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if slot is not None:
+            if slot:
+                k, v = torch.cat([slot["k"], k], dim=2), torch.cat([slot["v"], v], dim=2)
+            slot |= {"k": k, "v": v}
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=time > 1)
         return self.proj(y.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -76,8 +84,8 @@ class Block(nn.Module):
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (Norm(config) for _ in range(4))
         self.attn, self.mlp = SelfAttention(config), GatedMLP(config)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = self.norm_2(self.attn(self.norm_1(x), angles) + x)
+    def forward(self, x: Tensor, angles: Tensor, slot: Slot | None = None) -> Tensor:
+        x = self.norm_2(self.attn(self.norm_1(x), angles, slot) + x)
         return self.norm_4(self.mlp(self.norm_3(x)) + x)
 
 
@@ -105,30 +113,55 @@ class Huginn(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer["wte"].weight
 
-    def forward(self, tokens: Tensor, latent: Tensor, ungraded: int, graded: int) -> Tensor:
-        """`ungraded` loops without a gradient, then `graded` ones with it, from latent (b t d)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        latent: Tensor,
+        ungraded: int,
+        graded: int,
+        slots: Mapping[int, Slot] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """`ungraded` loops without a gradient, then `graded` ones with it, from latent (b t d).
+
+        `slots` hold the `start` tokens before these, by execution of a block, and take these in.
+        """
         parts, config = self.transformer, self.config
-        angles = rotation(tokens.shape[1], config.width // config.heads, config.rotary_base)
-        x = parts["wte"](tokens) * config.width**0.5
-        for block in parts["prelude"]:
-            x = block(x, angles)
-        embedded, s = x, latent
+        end = start + tokens.shape[1]
+        angles = rotation(end, config.width // config.heads, config.rotary_base)[start:]
+        execution = itertools.count()
+
+        def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            for block in blocks:
+                number = next(execution)
+                x = block(x, angles, None if slots is None else slots[number])
+            return x
+
+        embedded = run(parts["prelude"], parts["wte"](tokens) * config.width**0.5)
+        s = latent
 
         def loop(s: Tensor) -> Tensor:
-            x = parts["adapter"](torch.cat([s, embedded], dim=-1))
-            for block in parts["core_block"]:
-                x = block(x, angles)
-            return x
+            return run(parts["core_block"], parts["adapter"](torch.cat([s, embedded], dim=-1)))
 
         with torch.no_grad():
             for _ in range(ungraded):
                 s = loop(s)
         for _ in range(graded):
             s = loop(s)
-        x = parts["ln_f"](s)
-        for block in parts["coda"]:
-            x = block(x, angles)
-        return self.lm_head(parts["ln_f"](x)).float()
+        return self.lm_head(parts["ln_f"](run(parts["coda"], parts["ln_f"](s)))).float()
+
+    @torch.inference_mode()
+    def generate(self, tokens: Tensor, depth: int, count: int) -> Tensor:
+        """The `count` most probable next tokens, one by one, (b count)."""
+        slots: Mapping[int, Slot] = collections.defaultdict(dict)
+        found, start = [], 0
+        for _ in range(count):
+            latent = torch.zeros(*tokens.shape, self.config.width)
+            logits = self(tokens, latent, depth, 0, slots, start)
+            start += tokens.shape[1]
+            tokens = logits[:, -1:].argmax(dim=-1)
+            found.append(tokens)
+        return torch.cat(found, dim=1)
 
 
 def load(config: HuginnConfig, tensors: Mapping[str, np.ndarray]) -> Huginn:

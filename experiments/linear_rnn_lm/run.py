@@ -5,19 +5,13 @@ Each first makes a few steps to learn how long one takes, then a run of as many 
 is written.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from jaxrec.models import linear_rnn, mamba, recurrentgemma
-from jaxrec.training.comparison import equal_time, plot_equal_time
-from jaxrec.training.config import OptimizerConfig, TrainConfig
-from jaxrec.training.runs import versions
+from jaxrec.training.comparison import run_experiment
 
-HERE = Path(__file__).parent
 MODELS = {
     "RG-LRU": linear_rnn.TINY,
     "Mamba": mamba.TINY,
@@ -26,34 +20,6 @@ MODELS = {
 }
 """Each has about a million parameters. The transformer is RecurrentGemma with attention in every
 layer, over all of a sequence, and as many key-value heads as heads."""
-CONFIG = TrainConfig(
-    batch=8,
-    time=256,
-    log_every=5,
-    eval_every=0,
-    eval_batches=16,
-    save_every=0,
-    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05),
-)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.6, help="of training, for each model")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny models, a few steps, nothing written"
-    )
-    options = parser.parse_args()
-    models, config, minutes = MODELS, CONFIG, options.minutes
-    if options.smoke:
-        models = {name: shrunk(model) for name, model in MODELS.items()}
-        config, minutes = dataclasses.replace(CONFIG, batch=2, time=32, eval_batches=1), 0
-    results, curves = equal_time(models, config, minutes, stream=sys.stderr)
-    text = json.dumps(results | {"versions": versions()}, indent=2)
-    print(text)
-    if not options.smoke:
-        (HERE / "results.json").write_text(text + "\n")
-        plot_equal_time(curves, HERE / "curves.png")
 
 
 def shrunk(model: Any) -> Any:
@@ -65,4 +31,5 @@ def shrunk(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    small = {name: shrunk(model) for name, model in MODELS.items()}
+    print(run_experiment(__doc__, Path(__file__).parent, MODELS, small, minutes=1.6))

@@ -20,7 +20,7 @@ from jaxrec.errors import UserError
 from jaxrec.models.plstm_vision import VISION_B, VISION_S, VISION_T, PLSTMVisionConfig
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig
-from jaxrec.training.data.images import ImageFolder
+from jaxrec.training.data.images import Augmentation, ImageFolder
 from jaxrec.training.images import ImageSettings, ImageSteps, train_images
 
 MODELS = {"T": VISION_T, "S": VISION_S, "B": VISION_B}
@@ -65,9 +65,12 @@ def main() -> None:
     if options.data is None or options.out is None:
         parser.error("--data and --out are needed to train")
     start = drawn_gates if options.fine_tune is None else parameters_of(options.fine_tune)
+    augmentation: Augmentation = "three" if options.fine_tune is None else "randaugment"
     try:
         train, valid = (
-            ImageFolder(options.data / part, size, workers=options.workers)
+            ImageFolder(
+                options.data / part, size, augmentation=augmentation, workers=options.workers
+            )
             for part in ("train", "val")
         )
         results = train_images(

@@ -1,14 +1,15 @@
-"""`jaxrec bench scan|matrix|newton|train|models`: timings beside those of peers, run in turns.
+"""`jaxrec bench KIND`: timings beside those of peers, run in turns.
 
 Nothing is timed that computes the wrong numbers: every candidate first meets its definition at a
 small size, and a candidate that fails ends the command with status 1.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jaxrec.errors import UserError, nearest
 
@@ -19,14 +20,10 @@ RecurrentSystem = Literal["mamba", "mamba2", "recurrentgemma", "rwkv", "xlstm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanArguments:
-    """Time linear_scan beside lax.scan, lax.associative_scan and recurrentgemma if installed."""
+class Options:
+    """What every benchmark is asked."""
 
-    shapes: tuple[str, ...] = ("8,4096,256", "1,65536,64")
-    """Shapes b,t,d of the arrays."""
-    methods: tuple[str, ...] = ("auto", "associative", "chunked")
-    """Methods of linear_scan."""
-    rounds: int = 9
+    rounds: int = 7
     """Runs of each candidate; medians are reported."""
     smoke: bool = False
     """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
@@ -37,7 +34,17 @@ class ScanArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixArguments:
+class ScanArguments(Options):
+    """Time linear_scan beside lax.scan, lax.associative_scan and recurrentgemma if installed."""
+
+    shapes: tuple[str, ...] = ("8,4096,256", "1,65536,64")
+    """Shapes b,t,d of the arrays."""
+    methods: tuple[str, ...] = ("auto", "associative", "chunked")
+    """Methods of linear_scan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixArguments(Options):
     """Time matrix_scan in chunks of several sizes and step by step, over lengths."""
 
     times: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -46,18 +53,20 @@ class MatrixArguments:
     """Steps that are worked on together."""
     rules: tuple[Rule, ...] = ("gated", "delta")
     """What a step does to the state."""
-    rounds: int = 5
-    """Runs of each candidate; medians are reported."""
-    smoke: bool = False
-    """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
-    json: bool = False
-    """Print JSON lines instead of tables."""
-    out: Path | None = None
-    """Also write the results to this JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewtonArguments:
+class GridArguments(Options):
+    """Time grid_scan by every method, and pLSTM's classifier of images."""
+
+    sides: tuple[int, ...] = (12, 24)
+    """Nodes along each side of the grids."""
+    images: tuple[int, ...] = (48, 96)
+    """Pixels along each side of the images; patches have 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonArguments(Options):
     """Time newton_scan of a ParaGRU beside lax.scan and Newton's method as first written."""
 
     times: tuple[int, ...] = (256, 1024, 4096, 16384)
@@ -66,24 +75,16 @@ class NewtonArguments:
     """Channels of the state."""
     batch: int = 4
     """Sequences."""
-    rounds: int = 5
-    """Runs of each candidate; medians are reported."""
-    smoke: bool = False
-    """Small shapes and one round, to see that everything runs. The numbers mean nothing."""
-    json: bool = False
-    """Print JSON lines instead of tables."""
-    out: Path | None = None
-    """Also write the results to this JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments:
+class TrainArguments(Options):
     """Time a Huginn of width 256: forward pass, training step, what depth costs, decoding."""
 
     parts: tuple[Part, ...] = ("step", "remat", "depth", "decode")
     """step: forward and training step, beside PyTorch if installed; remat: a training step by what
     its backward pass computes again; depth: time and compile time by depth; decode: tokens per
-    second from the cache."""
+    second from the cache, beside PyTorch if installed."""
     mlp_widths: tuple[int, ...] = (864, 512, 384)
     """Inner widths of the MLP. The first is that of the other parts; 864 has the published model's
     ratio to the width, 17920/5280."""
@@ -91,18 +92,12 @@ class TrainArguments:
     """Loops at which a training step is timed."""
     decode_depths: tuple[int, ...] = (4, 16, 32)
     """Loops at which decoding is timed."""
-    rounds: int = 7
-    """Runs of each candidate; medians are reported."""
-    smoke: bool = False
-    """A tiny model and one round, to see that everything runs. The numbers mean nothing."""
-    json: bool = False
-    """Print JSON lines instead of tables."""
-    out: Path | None = None
-    """Also write the results to this JSON file."""
+    decode_batches: tuple[int, ...] = (1, 8)
+    """Prompts that are continued together."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelsArguments:
+class ModelsArguments(Options):
     """Time recurrent language models of width 256 beside those of transformers if installed."""
 
     systems: tuple[RecurrentSystem, ...] = (
@@ -118,27 +113,28 @@ class ModelsArguments:
     mlp_width: int = 384
     """Inner width of RecurrentGemma's MLP. 384 has the ratio to the width that transformers takes
     by default; 768 has that of the published models."""
-    rounds: int = 7
-    """Runs of each candidate; medians are reported."""
-    smoke: bool = False
-    """Tiny models and one round, to see that everything runs. The numbers mean nothing."""
-    json: bool = False
-    """Print JSON lines instead of tables."""
-    out: Path | None = None
-    """Also write the results to this JSON file."""
 
 
-Arguments = ScanArguments | MatrixArguments | NewtonArguments | TrainArguments | ModelsArguments
-KINDS: dict[str, Any] = {
+@dataclass(frozen=True, kw_only=True)
+class HRMArguments(Options):
+    """Time a training segment of HRM (width 128) beside PyTorch, and its memory by cycles."""
+
+    cycles: tuple[int, ...] = (1, 2, 4, 8)
+    """Cycles of each kind for which memory is counted."""
+
+
+KINDS: dict[str, type[Options]] = {
     "scan": ScanArguments,
     "matrix": MatrixArguments,
+    "grid": GridArguments,
     "newton": NewtonArguments,
     "train": TrainArguments,
     "models": ModelsArguments,
+    "hrm": HRMArguments,
 }
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str]) -> Options:
     """Reads what is to be timed, then its options.
 
     Raises:
@@ -148,7 +144,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
     kind, *rest = argv or ["--help"]
     if kind in ("-h", "--help"):
-        print("usage: jaxrec bench scan|matrix|newton|train|models [OPTIONS]\n")
+        print(f"usage: jaxrec bench {'|'.join(KINDS)} [OPTIONS]\n")
         for name, arguments in KINDS.items():
             print(f"  {name:<6} {arguments.__doc__}")
         print("\n`jaxrec bench scan --help` lists the options.")
@@ -160,26 +156,18 @@ def parse(argv: Sequence[str]) -> Arguments:
     return read_arguments(KINDS[kind], rest, f"jaxrec bench {kind}")
 
 
-def run(arguments: Arguments) -> int:
+def run(arguments: Options) -> int:
     """Prints the timings and returns the exit status: 1 if a candidate computes the wrong numbers.
 
     Raises:
       UserError: an argument does not fit.
     """
-    from jaxrec.cli import bench_matrix, bench_models, bench_newton, bench_scan, bench_train
     from jaxrec.cli.timing import WrongNumbers
 
+    kind = next(name for name, kind in KINDS.items() if isinstance(arguments, kind))
+    benchmark = importlib.import_module(f"jaxrec.cli.bench_{kind}")
     try:
-        if isinstance(arguments, ScanArguments):
-            bench_scan.run(arguments)
-        elif isinstance(arguments, MatrixArguments):
-            bench_matrix.run(arguments)
-        elif isinstance(arguments, NewtonArguments):
-            bench_newton.run(arguments)
-        elif isinstance(arguments, TrainArguments):
-            bench_train.run(arguments)
-        else:
-            bench_models.run(arguments)
+        benchmark.run(arguments)
     except WrongNumbers as error:
         print(f"jaxrec bench: {error} Nothing was timed.", file=sys.stderr)
         return 1

@@ -1,16 +1,13 @@
 """`jaxrec bench matrix`: the matrix recurrence by chunks of every size, and step by step."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrec.cli import bench, timing
-from jaxrec.cli.timing import WrongNumbers
+from jaxrec.cli import bench, passes, timing
 from jaxrec.errors import UserError
 from jaxrec.ops.time import matrix_scan
 
@@ -21,7 +18,6 @@ TOLERANCE = 1e-5
 """Largest gap between float32 and float64, relative to the largest value. Measured: up to 2e-6."""
 
 Inputs = dict[str, Array]
-Scan = Callable[[Inputs], Array]
 
 
 def run(arguments: "bench.MatrixArguments") -> None:
@@ -56,18 +52,23 @@ def run(arguments: "bench.MatrixArguments") -> None:
     with timing.without_compilation_cache():
         for rule in arguments.rules:
             for time in times:
-                report["results"] += measure(rule, candidates(rule, chunks), time, width, rounds)
+                inputs = draw(rule, time, width)
+                found = passes.measure(candidates(rule, chunks), inputs, rounds)
+                report["results"] += [
+                    {"rule": rule, "time": time, "candidate": name} | took
+                    for name, took in found.items()
+                ]
                 timing.say(f"{rule}, t = {time}: timed")
     timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
-def candidates(rule: str, chunks: tuple[int, ...]) -> dict[str, Scan]:
+def candidates(rule: str, chunks: tuple[int, ...]) -> dict[str, passes.Function]:
     """`matrix_scan` in chunks of each size, and the loop that defines it."""
 
     def scan(inputs: Inputs, **options: Any) -> Array:
         return matrix_scan(**inputs, rule=rule, **options)[0]  # type: ignore[arg-type]
 
-    found: dict[str, Scan] = {"sequential": functools.partial(scan, method="sequential")}
+    found: dict[str, passes.Function] = {"sequential": functools.partial(scan, method="sequential")}
     for chunk in chunks:
         found[f"chunks of {chunk}"] = functools.partial(scan, method="chunkwise", chunk=chunk)
     return found
@@ -85,60 +86,13 @@ def draw(rule: str, time: int, width: int, dtype: Any = jnp.float32) -> Inputs:
     return {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
 
 
-def with_gradient(scan: Scan) -> Callable[[Inputs], tuple[Array, Inputs]]:
-    """y, and the gradient of half its square, which needs every part of y."""
-
-    def both(inputs: Inputs) -> tuple[Array, Inputs]:
-        y, backward = jax.vjp(scan, inputs)
-        return y, backward(y)[0]
-
-    return both
-
-
-def check(rule: str, name: str, scan: Scan) -> None:
+def check(rule: str, name: str, scan: passes.Function) -> None:
     """Compares a candidate, outputs and all gradients, with the loop in float64.
 
     Raises:
       WrongNumbers: it differs by more than `TOLERANCE`; the message names it and what differs.
     """
-    got = jax.jit(with_gradient(scan))(draw(rule, CHECKED_TIME, SMOKE_WIDTH))
-    with jax.enable_x64(True):
-        loop = with_gradient(candidates(rule, ())["sequential"])
-        want = jax.jit(loop)(draw(rule, CHECKED_TIME, SMOKE_WIDTH, jnp.float64))
-    for (path, wanted), value in zip(
-        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
-    ):
-        wanted = np.asarray(wanted)
-        error = np.max(np.abs(np.asarray(value) - wanted)) / np.max(np.abs(wanted))
-        if not error <= TOLERANCE:  # also refuses NaN
-            what = "y" if len(path) == 1 else f"the gradient of {path[-1].key}"
-            raise WrongNumbers(
-                f"{rule}, {name} is wrong: {what} differs from the float64 loop by {error:.1e} of"
-                f" its largest value, allowed are {TOLERANCE:.0e}."
-            )
-
-
-def measure(
-    rule: str, scans: dict[str, Scan], time: int, width: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Times all candidates at one length; one record each."""
-    inputs = draw(rule, time, width)
-    programs, calls = {}, {}
-    for name, scan in scans.items():
-        for part, function in (("forward", scan), ("both", with_gradient(scan))):
-            program = programs[name, part] = timing.compile_program(function, inputs)
-            calls[f"{name}, {part}"] = functools.partial(program.call, inputs)
-    times = timing.race(calls, rounds)
-    records = []
-    for name in scans:
-        record: dict[str, Any] = {"rule": rule, "time": time, "candidate": name}
-        for part in ("forward", "both"):
-            took, program = times[f"{name}, {part}"], programs[name, part]
-            record[part] = {
-                "median_ms": 1e3 * took.median,
-                "least_ms": 1e3 * took.least,
-                "compile_s": program.compile_seconds,
-                "temp_mib": program.temp_mib,
-            }
-        records.append(record)
-    return records
+    draw_small = functools.partial(draw, rule, CHECKED_TIME, SMOKE_WIDTH)
+    want = passes.exact(candidates(rule, ())["sequential"], draw_small)
+    got = passes.computed(scan, draw_small())
+    passes.refuse(f"{rule}, {name}", passes.gaps(got, want), TOLERANCE)

@@ -222,15 +222,19 @@ def _inputs(sizes: Sizes) -> tuple[Array, Array]:
 
 def measure(system: str, part: str, sizes: Sizes, rounds: int, peer: Any | None) -> dict[str, Any]:
     """One part of one model, in turns with transformers."""
-    model = SYSTEMS[system].config(sizes).build(rngs=nnx.Rngs(0))
+    config = SYSTEMS[system].config(sizes)
+    model = config.build(rngs=nnx.Rngs(0))
     call, compiled = _our_call(model, part, sizes)
     calls = {"jaxrec": call}
+    if compiled is not None:
+        calls["matmul"] = timing.matrix_product()
     if peer is not None:
         calls["transformers"] = _their_call(peer_model(peer, system, model), part, sizes)
     times = timing.race(calls, rounds)
     tokens = sizes.new_tokens if part == "decode" else sizes.batch * sizes.time
     record: dict[str, Any] = {"system": system, "part": part, "tokens": tokens}
-    for name, time in times.items():
+    for name in calls.keys() - {"matmul"}:
+        time = times[name]
         record[name] = {
             "median_s": time.median,
             "least_s": time.least,
@@ -238,6 +242,9 @@ def measure(system: str, part: str, sizes: Sizes, rounds: int, peer: Any | None)
         }
     if compiled is not None:
         record |= {"compile_s": compiled.compile_seconds, "temp_mib": compiled.temp_mib}
+        peak = timing.peak(times["matmul"])
+        work = tokens * config.flops_per_token(sizes.time, training=part == "both")
+        record |= {"gflop": work / 1e9, "peak_gflop_per_s": peak / 1e9, "bound_s": work / peak}
     if peer is not None:
         theirs, ours = times["transformers"], times["jaxrec"]
         record["to_ours_median"] = theirs.median / ours.median

@@ -43,6 +43,16 @@ def _pair(x: Mapping[str, float], what: str, digits: int) -> str:
     return f"{median:.{digits}f} ({least:.{digits}f})"
 
 
+BOUND = "GFLOP | s at peak"
+
+
+def _bound(x: Mapping[str, float]) -> list[str]:
+    """What the matrix products would take at the machine's peak: the columns of BOUND."""
+    if "gflop" not in x:  # a file from before it was measured
+        return ["-", "-"]
+    return [f"{x['gflop']:.0f}", f"{x['bound_s']:.2f}"]
+
+
 def _mib(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
@@ -120,6 +130,44 @@ def _matrix(report: Report) -> list[Table]:
             columns = " | ".join(f"t = {time:,} ms | temp MiB" for time in lengths)
             found.append(Table(title, f"steps | {columns}", rows))
     return found
+
+
+def _grid(report: Report) -> list[Table]:
+    """A table of methods, a row per method and grid, and one of the model."""
+    sizes, found = report["sizes"], []
+    columns = "ms | compile s | temp MiB | forward + backward ms | compile s | temp MiB"
+    scans = [x for x in report["results"] if x["part"] == "scan"]
+    rows = [
+        [f"{x['side']} x {x['side']}", x["candidate"], *_pass(x["forward"]), *_pass(x["both"])]
+        for x in scans
+    ]
+    title = (
+        f"Grid scan, one orientation; b = {sizes['batch']}, h = {sizes['heads']}, k = v ="
+        f" {sizes['width'] // sizes['heads']}"
+    )
+    found.append(Table(title, f"grid | method | forward {columns}", rows))
+    rows = []
+    for x in report["results"]:
+        if x["part"] == "model":
+            for part, what in (("forward", "forward"), ("both", "forward + backward")):
+                took, figures = x[part], ["-", "-", "-"]
+                if "figure_s" in took:
+                    ratio = 1e3 * took["figure_s"] / took["median_ms"]
+                    figures = [f"{took['figure_s']:.2f}", f"{ratio:.1f}"]
+                    figures.append(f"{took['figure_compile_s']:.0f}")
+                rows.append([f"{x['side']} x {x['side']}", what, *_pass(took), *figures])
+    title = (
+        f"pLSTM's classifier of images, batch {sizes['batch']}, width {sizes['width']},"
+        f" {sizes['layers']} blocks of two halves, patches of {sizes['patch']}; the figures are"
+        " those of the authors' JAX code on a machine of this kind"
+    )
+    columns = "images | what | ms | compile s | temp MiB | figure s | figure / ours"
+    found.append(Table(title, f"{columns} | figure compile s", rows))
+    return found
+
+
+def _pass(took: Mapping[str, Any]) -> list[str]:
+    return [_pair(took, "ms", 1), f"{took['compile_s']:.1f}", _mib(took["temp_mib"])]
 
 
 def _newton(report: Report) -> list[Table]:
@@ -227,12 +275,18 @@ def _compile(records: list[Any], report: Report) -> Table:
 
 def _decode(records: list[Any], report: Report) -> Table:
     sizes = report["sizes"]
-    rows = [[str(x["depth"]), f"{x['tokens_per_s']:.0f}", _pair(x, "s", 2)] for x in records]
+    rows = []
+    for x in records:
+        theirs = ["-", "-"]
+        if "torch_median_s" in x:
+            theirs = [f"{x['torch_tokens_per_s']:,.0f}", _pair(x, "torch_to_ours", 2)]
+        speed = f"{x['tokens_per_s']:,.0f}"
+        rows.append([str(x["depth"]), str(x["batch"]), speed, _pair(x, "s", 2), *theirs])
     title = (
         f"Cached greedy decoding, {sizes['new_tokens']} tokens after a prompt of"
-        f" {sizes['prompt']}, batch 1"
+        f" {sizes['prompt']}, MLP {records[0]['mlp_width']}"
     )
-    return Table(title, "loops | tokens/s | s", rows)
+    return Table(title, "loops | batch | tokens/s | s | torch tokens/s | torch / ours", rows)
 
 
 def _models(report: Report) -> list[Table]:
@@ -246,9 +300,9 @@ def _models(report: Report) -> list[Table]:
                 _pair(x["transformers"], "s", 3),
                 _pair(x, "to_ours", 2),
             ]
-        compiled = ["-", "-"]
+        compiled = ["-", "-", "-", "-"]
         if "compile_s" in x:
-            compiled = [f"{x['compile_s']:.0f}", _mib(x["temp_mib"])]
+            compiled = [*_bound(x), f"{x['compile_s']:.0f}", _mib(x["temp_mib"])]
         rows.append(
             [
                 x["system"],
@@ -267,7 +321,7 @@ def _models(report: Report) -> list[Table]:
     )
     columns = (
         "model | what | tokens/s | s | transformers tokens/s | transformers s"
-        " | transformers / ours | compile s | temp MiB"
+        f" | transformers / ours | {BOUND} | compile s | temp MiB"
     )
     return [Table(title, columns, rows)]
 
@@ -290,7 +344,40 @@ def _selective_memory(report: Report) -> list[Table]:
     return [Table(title, "t | x MiB | selective_scan MiB | all states kept MiB", rows)]
 
 
+def _hrm(report: Report) -> list[Table]:
+    """A segment, and memory by cycles."""
+    sizes = report["sizes"]
+    segments = [x for x in report["results"] if x["part"] == "segment"]
+    rows = []
+    for x in segments:
+        theirs = ["-", "-"]
+        if "torch" in x:
+            theirs = [_pair(x["torch"], "s", 3), _pair(x, "to_ours", 2)]
+        ours = [_pair(x, "s", 3), *theirs, f"{x['figure_to_ours']:.2f}", *_bound(x)]
+        rows.append([*ours, f"{x['compile_s']:.0f}", _mib(x["temp_mib"])])
+    title = (
+        f"A training segment of HRM, width {sizes['width']}, {sizes['high_layers']} +"
+        f" {sizes['low_layers']} layers, {sizes['high_cycles']} x {sizes['low_cycles']} cycles,"
+        f" batch {sizes['batch']} x {sizes['length']} tokens; torch"
+        f" {report['torch'] or 'not installed'}"
+    )
+    columns = (
+        f"s | torch s | torch / ours | {report['figure_s']} s / ours | {BOUND} | compile s"
+        " | temp MiB"
+    )
+    planned = [x for x in report["results"] if x["part"] == "memory"]
+    cycles = [[f"{x['cycles']} x {x['cycles']}", f"{x['temp_mib']:.1f}"] for x in planned]
+    return [
+        Table(title, columns, rows),
+        Table(
+            "Memory of the step by cycles, as the compiler plans it", "cycles | temp MiB", cycles
+        ),
+    ]
+
+
 TABLES: dict[str, Callable[[Report], list[Table]]] = {
+    "grid": _grid,
+    "hrm": _hrm,
     "matrix": _matrix,
     "newton": _newton,
     "models": _models,

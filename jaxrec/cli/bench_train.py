@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import importlib.util
+import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-import jaxrec
 from jaxrec.cli import bench, timing, torch_peer
 from jaxrec.convert import engine
 from jaxrec.errors import UserError
@@ -25,12 +23,10 @@ from jaxrec.training.losses import cross_entropy
 from jaxrec.training.sharding import build_mesh
 from jaxrec.training.step import build_steps
 
-PEER = Path(jaxrec.__file__).parent.parent / "benchmarks" / "peers" / "huginn_torch.py"
+PEER = "huginn_torch"
 FIGURE = {"forward": 0.9, "step": 1.8}
 """Seconds of the original PyTorch program at batch 4, 256 tokens, 4 + 4 loops, on a machine with
 two cores. The inner width of its MLP was not recorded."""
-MATRIX = 1024
-"""A machine's peak is its speed at a product of square matrices of this size, in the same turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Sizes:
     depth: int = 8
     graded: int = 4  # of the loops, the last, that the gradient passes through
     prompt: int = 16
-    new_tokens: int = 48
+    new_tokens: int = 64
 
     def model(self, mlp_width: int) -> HuginnConfig:
         """The model, on bytes."""
@@ -77,7 +73,7 @@ def run(arguments: "bench.TrainArguments") -> None:
       UserError: an argument is not positive.
       WrongNumbers: the PyTorch program and this one do not agree.
     """
-    for name in ("mlp_widths", "depths", "decode_depths", "parts"):
+    for name in ("mlp_widths", "depths", "decode_depths", "decode_batches", "parts"):
         values = getattr(arguments, name)
         if not values or (name != "parts" and min(values) < 1):
             raise UserError(f"--{name.replace('_', '-')}: expected numbers >= 1, got {values}.")
@@ -85,13 +81,18 @@ def run(arguments: "bench.TrainArguments") -> None:
         raise UserError(f"--rounds must be at least 1, got {arguments.rounds}.")
     timing.check_out(arguments.out)
     sizes, rounds, mlp_widths = Sizes(), arguments.rounds, arguments.mlp_widths
-    depths, decode_depths = arguments.depths, arguments.decode_depths
+    depths = arguments.depths
+    decode_depths, decode_batches = arguments.decode_depths, arguments.decode_batches
     if arguments.smoke:
-        sizes, rounds, mlp_widths, depths, decode_depths = SMALL, 1, (SMALL_MLP,), (1, 3), (2,)
+        sizes, rounds, mlp_widths, depths = SMALL, 1, (SMALL_MLP,), (1, 3)
+        decode_depths, decode_batches = (2,), (2,)
     peer = load_peer()
     if peer is not None and "step" in arguments.parts:
-        torch_peer.refuse_differences(f"the PyTorch program {PEER.name}", peer_differences(peer))
+        torch_peer.refuse_differences(f"the PyTorch program {PEER}.py", peer_differences(peer))
         timing.say("the PyTorch program agrees: logits and every gradient")
+    if peer is not None and "decode" in arguments.parts:
+        refuse_other_text(peer)
+        timing.say("the PyTorch program writes the same text")
     report: dict[str, Any] = {
         "benchmark": "train",
         "machine": timing.machine(),
@@ -112,19 +113,15 @@ def run(arguments: "bench.TrainArguments") -> None:
             report["results"] += measure_depth(sizes, mlp_widths[0], depths, rounds)
             report["results"] += measure_compilation(sizes, mlp_widths[0], depths)
         if "decode" in arguments.parts:
-            report["results"] += measure_decoding(sizes, mlp_widths[0], decode_depths, rounds)
+            report["results"] += measure_decoding(
+                sizes, mlp_widths[0], decode_depths, decode_batches, rounds, peer
+            )
     timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
 def load_peer() -> Any | None:
-    """benchmarks/peers/huginn_torch.py of this checkout; None without it or without PyTorch."""
-    if importlib.util.find_spec("torch") is None or not PEER.exists():
-        return None
-    spec = importlib.util.spec_from_file_location("huginn_torch", PEER)
-    assert spec is not None and spec.loader is not None, PEER
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The PyTorch program of this checkout; None without it or without PyTorch."""
+    return torch_peer.load(PEER)
 
 
 def peer_differences(peer: Any) -> dict[str, float]:
@@ -160,10 +157,8 @@ def measure_step(sizes: Sizes, mlp_width: int, rounds: int, peer: Any | None) ->
         f"inner width {mlp_width}: step compiled in {train.program.compile_seconds:.1f} s,"
         f" forward pass in {program.compile_seconds:.1f} s"
     )
-    matrix = jnp.ones((MATRIX, MATRIX))
-    product = timing.compile_program(jnp.matmul, matrix, matrix)
     calls: dict[str, Callable[[], Any]] = {
-        "matmul": functools.partial(product.call, matrix, matrix),
+        "matmul": timing.matrix_product(),
         "forward": functools.partial(program.call, params, tokens, depth, latent),
         "step": functools.partial(train.step, sizes.depth),
     }
@@ -172,7 +167,7 @@ def measure_step(sizes: Sizes, mlp_width: int, rounds: int, peer: Any | None) ->
         calls |= _torch_calls(peer, config, sizes, tensors, tokens, labels, latent)
     times = timing.race(calls, rounds)
 
-    peak = 2 * MATRIX**3 / times["matmul"].least
+    peak = timing.peak(times["matmul"])
     record: dict[str, Any] = {
         "part": "step",
         "mlp_width": mlp_width,
@@ -361,33 +356,87 @@ def measure_compilation(
 
 
 def measure_decoding(
-    sizes: Sizes, mlp_width: int, depths: tuple[int, ...], rounds: int
+    sizes: Sizes,
+    mlp_width: int,
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    rounds: int,
+    peer: Any | None,
 ) -> list[dict[str, Any]]:
-    """Greedy continuation of one prompt from the cache, reading the prompt included."""
+    """Greedy continuation of prompts from the cache, reading them included, in turns with
+    PyTorch's.
+    """
     model = sizes.model(mlp_width).build(rngs=nnx.Rngs(0))
-    prompt = list(range(1, sizes.prompt + 1))
-    calls = {
-        str(depth): functools.partial(
-            complete,
-            model,
-            [prompt],
-            max_new_tokens=sizes.new_tokens,
-            depth=depth,
-            config=SamplingConfig(temperature=0),
-        )
-        for depth in depths
-    }
-    times = timing.race(calls, rounds)
-    return [
-        {
+    theirs = None
+    if peer is not None:
+        import torch
+
+        torch.set_num_threads(timing.cpu_threads())
+        theirs = peer.load(model.config, engine.to_tensors(engine.find("huginn"), model))
+    records = []
+    for depth, batch in itertools.product(depths, batches):
+        calls = {"jaxrec": functools.partial(_decoded, model, sizes, depth, batch)}
+        if theirs is not None:
+            calls["torch"] = functools.partial(_torch_decoded, theirs, sizes, depth, batch)
+        times = timing.race(calls, rounds)
+        ours, tokens = times["jaxrec"], batch * sizes.new_tokens
+        record: dict[str, Any] = {
             "part": "decode",
             "depth": depth,
+            "batch": batch,
             "mlp_width": mlp_width,
-            "median_s": times[str(depth)].median,
-            "least_s": times[str(depth)].least,
+            "median_s": ours.median,
+            "least_s": ours.least,
             "prompt": sizes.prompt,
             "new_tokens": sizes.new_tokens,
-            "tokens_per_s": sizes.new_tokens / times[str(depth)].median,
+            "tokens_per_s": tokens / ours.median,
         }
-        for depth in depths
-    ]
+        if theirs is not None:
+            their = times["torch"]
+            record |= {
+                "torch_median_s": their.median,
+                "torch_least_s": their.least,
+                "torch_tokens_per_s": tokens / their.median,
+                "torch_to_ours_median": their.median / ours.median,
+                "torch_to_ours_least": their.least / ours.least,
+            }
+        records.append(record)
+        timing.say(f"decoding at depth {depth}, batch {batch}: {record['tokens_per_s']:.0f}/s")
+    return records
+
+
+def refuse_other_text(peer: Any) -> None:
+    """Compares the greedy text of both programs at a small size.
+
+    Raises:
+      WrongNumbers: it differs.
+    """
+    model = SMALL.model(SMALL_MLP).build(rngs=nnx.Rngs(0))
+    theirs = peer.load(model.config, engine.to_tensors(engine.find("huginn"), model))
+    sizes = dataclasses.replace(SMALL, prompt=5, new_tokens=8)
+    ours = _decoded(model, sizes, depth=3, batch=2)
+    other = _torch_decoded(theirs, sizes, depth=3, batch=2).tolist()
+    if ours != other:
+        raise timing.WrongNumbers(
+            f"the PyTorch program {PEER}.py and jaxrec write different texts: {other} and {ours}."
+        )
+
+
+def _prompts(sizes: Sizes, batch: int) -> list[list[int]]:
+    return [list(range(row + 1, row + 1 + sizes.prompt)) for row in range(batch)]
+
+
+def _decoded(model: Huginn, sizes: Sizes, depth: int, batch: int) -> list[list[int]]:
+    return complete(
+        model,
+        _prompts(sizes, batch),
+        max_new_tokens=sizes.new_tokens,
+        depth=depth,
+        config=SamplingConfig(temperature=0),
+    )
+
+
+def _torch_decoded(model: Any, sizes: Sizes, depth: int, batch: int) -> Any:
+    import torch
+
+    return model.generate(torch.tensor(_prompts(sizes, batch)), depth, sizes.new_tokens)

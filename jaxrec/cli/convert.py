@@ -4,6 +4,7 @@ checkpoint.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -37,37 +38,51 @@ def run(arguments: Arguments) -> int:
     """
     from jaxrec import convert
     from jaxrec.cli.main import program
-    from jaxrec.training.runs import load_model
+    from jaxrec.models.hrm import HRM
+    from jaxrec.training.runs import read_run, trained_model
 
     if arguments.export:
-        loaded = load_model(arguments.source, step=arguments.step)
-        convert.export(loaded.model, arguments.target, arguments.system)
-        print(f"Wrote {arguments.target} from step {loaded.step} of {arguments.source}.")
+        model, step = trained_model(read_run(arguments.source), step=arguments.step)
+        convert.export(model, arguments.target, arguments.system)
+        print(f"Wrote {arguments.target} from step {step} of {arguments.source}.")
         return 0
-    _write_run(arguments, convert.load(arguments.system, arguments.source))
-    print(f"Wrote {arguments.target}. Try: {program()} generate {arguments.target} --prompt '...'")
+    if arguments.target.exists() and any(arguments.target.iterdir()):
+        raise UserError(f"{arguments.target} is not empty; choose a new run folder.")
+    model = convert.load(arguments.system, arguments.source)
+    next_words = f"generate {arguments.target} --prompt '...'"
+    if isinstance(model, HRM):
+        next_words = f"eval {arguments.target} --data FOLDER"
+        _write_solver(arguments, model)
+    else:
+        _write_run(arguments, model)
+    print(f"Wrote {arguments.target}. Try: {program()} {next_words}")
     return 0
 
 
-def _write_run(arguments: Arguments, model: object) -> None:
-    from flax import nnx
+def _write_solver(arguments: Arguments, model: Any) -> None:
+    from jaxrec.training.config import PuzzleConfig, PuzzleDataConfig
+    from jaxrec.training.data.puzzle_sources import made_like
 
+    if arguments.tokenizer is not None:
+        raise UserError("A solver of puzzles reads no text; leave --tokenizer out.")
+    config = model.config
+    source = made_like(config.length, config.vocab_size) or "sudoku-4x4"
+    training = PuzzleConfig(data=PuzzleDataConfig(source=source))
+    _save(arguments, model, training, {"source": str(arguments.source), "sha256": None}, None)
+
+
+def _write_run(arguments: Arguments, model: Any) -> None:
     from jaxrec.models.protocol import LanguageModelConfig
-    from jaxrec.training.checkpoint import Checkpoints
     from jaxrec.training.config import DataConfig, TrainConfig
     from jaxrec.training.data import load_tokenizer
-    from jaxrec.training.runs import Run
 
-    target = arguments.target
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; choose a new run folder.")
     beside = arguments.source / "tokenizer.json"
     tokenizer = load_tokenizer(arguments.tokenizer or (str(beside) if beside.exists() else "bytes"))
-    config = model.config  # type: ignore[attr-defined]
+    config = model.config
     if not isinstance(config, LanguageModelConfig):
         raise UserError(
-            f"{arguments.source} holds {type(model).__name__}, which is not a language model, so"
-            " there is no run to write; in Python, use"
+            f"{arguments.source} holds {type(model).__name__}, which is not a language model or a"
+            " solver of puzzles, so there is no run to write; in Python, use"
             f" jaxrec.convert.load({arguments.system!r}, ...)."
         )
     if tokenizer.vocab_size > config.vocab_size:
@@ -77,7 +92,20 @@ def _write_run(arguments: Arguments, model: object) -> None:
         )
     training = TrainConfig(time=min(256, config.context), data=DataConfig(tokenizer=tokenizer.name))
     provenance = {"source": str(arguments.source), "tokenizer": tokenizer.name, "sha256": None}
-    Run(target, f"jaxrec.convert.{arguments.system}", config, training, provenance).write(tokenizer)
+    _save(arguments, model, training, provenance, tokenizer)
+
+
+def _save(
+    arguments: Arguments, model: Any, training: Any, provenance: dict[str, Any], tokenizer: Any
+) -> None:
+    """Writes the folder of a run that has made no step."""
+    from flax import nnx
+
+    from jaxrec.training.checkpoint import Checkpoints
+    from jaxrec.training.runs import Run
+
+    target, path = arguments.target, f"jaxrec.convert.{arguments.system}"
+    Run(target, path, model.config, training, provenance).write(tokenizer)
     with Checkpoints(target / "checkpoints") as checkpoints:
         checkpoints.save(
             0, {"params": nnx.to_pure_dict(nnx.split(model)[1])}, {"from": str(arguments.source)}

@@ -1,4 +1,6 @@
-"""`jaxrec eval RUN`: loss and bits per byte on the validation text, by depth."""
+"""`jaxrec eval RUN`: loss and bits per byte on the validation text, by depth; of a solver, the
+share of held-out puzzles that are solved, by segment.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,7 @@ from jaxrec.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Evaluate a trained model on the validation side of its text."""
+    """Evaluate a trained model on the validation side of its text, or on puzzles held out."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, as made by `jaxrec train` or `jaxrec convert`."""
@@ -20,25 +22,93 @@ class Arguments:
     """Loop counts, such as 1,2,4,8,16; powers of two up to four times the trained mean if left
     out."""
     data: str | None = None
-    """Other text to evaluate on: python-docs, a file, a folder, a glob, or token files; the run's
-    if left out."""
+    """Other text to evaluate on: python-docs, a file, a folder, a glob, or token files; of a
+    solver, other puzzles: sudoku-9x9, maze-10x10, a folder; the run's if left out."""
     batches: int | None = None
-    """Evaluate on this many batches of windows spread over the text; all of it if left out."""
+    """Evaluate on this many batches spread over the text or the puzzles; all if left out."""
     step: int | None = None
     """Checkpoint; the newest if left out."""
     ema: bool = False
     """The running average of the parameters."""
+    show: bool = False
+    """Of a solver: print a grid as it is being solved, segment by segment."""
+    puzzle: int = 0
+    """With --show: which of the held-out puzzles."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def run(arguments: Arguments) -> int:
-    """Prints the table, or JSON."""
+    """Prints the table, or JSON, or a grid."""
+    from jaxrec.training.config import PuzzleConfig
+    from jaxrec.training.runs import read_run
+
+    if arguments.batches is not None and arguments.batches < 1:
+        raise UserError(f"--batches must be at least 1; got {arguments.batches}.")
+    depths = None if arguments.depths is None else _depths(arguments.depths)
+    if isinstance(read_run(arguments.run).config, PuzzleConfig):
+        if depths is not None:
+            raise UserError(
+                f"{arguments.run} is the run of a solver, which is scored after each of its"
+                " segments. Leave --depths out."
+            )
+        return _show(arguments) if arguments.show else _run_puzzles(arguments)
+    if arguments.show or arguments.puzzle:
+        raise UserError(
+            f"{arguments.run} is the run of a language model; --show and --puzzle are for solvers."
+        )
+    return _run_text(arguments, depths)
+
+
+def _run_puzzles(arguments: Arguments) -> int:
+    from jaxrec.training.puzzle_report import table
+    from jaxrec.training.puzzles import evaluate_puzzles_run
+
+    scores, step = evaluate_puzzles_run(
+        arguments.run,
+        source=arguments.data,
+        batches=arguments.batches,
+        step=arguments.step,
+        ema=arguments.ema,
+    )
+    if arguments.json:
+        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(scores)}))
+    else:
+        print(f"{arguments.run}, step {step}, {scores.puzzles} held-out puzzles\n{table(scores)}")
+    return 0
+
+
+def _show(arguments: Arguments) -> int:
+    from jaxrec.training.puzzle_report import LEGEND, drawn, solving
+    from jaxrec.training.puzzles import load_solver
+
+    _, model, data, step = load_solver(
+        arguments.run, source=arguments.data, step=arguments.step, ema=arguments.ema
+    )
+    count = len(data.valid.inputs)
+    if not 0 <= arguments.puzzle < count:
+        raise UserError(f"--puzzle must be 0 .. {count - 1}, got {arguments.puzzle}.")
+    found = solving(model, data, arguments.puzzle)
+    if arguments.json:
+        grids = {
+            "question": found.question.tolist(),
+            "answers": found.answers.tolist(),
+            "wanted": found.wanted.tolist(),
+            "halts": found.halts.tolist(),
+        }
+        print(json.dumps({"run": str(arguments.run), "step": step, **grids}))
+    else:
+        print(f"{arguments.run}, step {step}, puzzle {arguments.puzzle}\n{LEGEND}\n")
+        print(drawn(found, data.look))
+    return 0
+
+
+def _run_text(arguments: Arguments, depths: tuple[int, ...] | None) -> int:
     from jaxrec.training.evaluation import evaluate_run
 
     result, step = evaluate_run(
         arguments.run,
-        depths=None if arguments.depths is None else _depths(arguments.depths),
+        depths=depths,
         source=arguments.data,
         batches=arguments.batches,
         step=arguments.step,

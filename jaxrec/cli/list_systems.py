@@ -5,21 +5,30 @@ import pkgutil
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import tyro
+
 from jaxrec import convert, models
 from jaxrec.convert.engine import DESCRIBED_BY
+from jaxrec.errors import UserError
+from jaxrec.models.hrm import Fixed, HRMConfig
+from jaxrec.models.protocol import LanguageModelConfig
 
 EXPERIMENTS = {
     "graph_classifier": "experiments/plstm_graphs",
-    "hrm": "experiments/hrm_sudoku",
-    "huginn": "experiments/huginn",
+    "hrm": "experiments/hrm_sudoku, experiments/hrm_maze",
+    "huginn": "experiments/huginn, experiments/recurrent_depth, experiments/parallel_sampler",
+    "linear_attention": "experiments/recall",
     "linear_rnn": "experiments/linear_rnn_lm",
     "mamba": "experiments/linear_rnn_lm",
+    "mamba2": "experiments/recall",
     "pararnn": "experiments/pararnn",
     "plstm": "experiments/plstm_lm",
-    "plstm_vision": "experiments/plstm_arrow",
+    "plstm_vision": "experiments/plstm_arrow, experiments/plstm_imagenet",
+    "prefix_linear": "experiments/jrt",
     "recurrentgemma": "experiments/linear_rnn_lm",
     "rnn": "experiments/pararnn",
     "sequence_classifier": "experiments/s4_lssl",
+    "universal_transformer": "experiments/universal_transformer",
     "vit": "experiments/plstm_arrow",
 }
 GOLDEN = {
@@ -44,15 +53,25 @@ GOLDEN = {
 class Arguments:
     """Show models with their published sizes, parity, conversion and experiment."""
 
+    only: tyro.conf.Positional[str] = ""
+    """Only configurations whose path contains this, such as huginn; all if left out."""
+    counts: bool = False
+    """Count parameters, which builds every model as shapes: about a second for each."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def run(arguments: Arguments) -> int:
-    """Prints the list."""
+    """Prints the list.
+
+    Raises:
+      UserError: there is nothing to list.
+    """
     import json
 
-    rows = systems()
+    rows = systems(only=arguments.only, counts=arguments.counts)
+    if not rows:
+        raise UserError(f"No configuration has {arguments.only!r} in its path.")
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -60,41 +79,72 @@ def run(arguments: Arguments) -> int:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("configuration", "parameters", "golden", "conversion", "experiment"):
+    columns: tuple[str, ...] = (
+        "configuration",
+        "parameters",
+        "train on",
+        "golden",
+        "conversion",
+        "experiment",
+    )
+    if not arguments.counts:
+        columns = tuple(column for column in columns if column != "parameters")
+    for column in columns:
         table.add_column(
             column, justify="right" if column == "parameters" else "left", no_wrap=True
         )
     for row in rows:
         table.add_row(
             row["path"],
-            f"{row['parameters']:,}",
+            *([f"{row['parameters']:,}"] if arguments.counts else []),
+            row["trains_on"] or "-",
             row["golden"] or "-",
             "both ways" if row["conversion"] else "-",
             row["experiment"] or "-",
         )
-    Console(width=160).print(table)  # a narrow terminal breaks lines; names are never cut
+    Console(width=250).print(table)  # a narrow terminal breaks lines; names are never cut
     return 0
 
 
-def systems() -> list[dict[str, Any]]:
-    """One row for every published size of every model; parameters counted on abstract shapes."""
-    import jax
-    from flax import nnx
+def systems(*, only: str = "", counts: bool = False) -> list[dict[str, Any]]:
+    """One row for every published size of every model.
 
+    Args:
+      only: part of the paths that are listed.
+      counts: count parameters, on abstract shapes; otherwise they are None.
+    """
     rows: list[dict[str, Any]] = []
     for module in sorted(info.name for info in pkgutil.iter_modules(models.__path__)):
         sizes = vars(importlib.import_module(f"jaxrec.models.{module}"))
         for name, config in sizes.items():
             if not is_dataclass(config) or isinstance(config, type):
                 continue
-            abstract = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
+            path = f"jaxrec.models.{module}:{name}"
+            if only not in path:
+                continue
             rows.append(
                 {
-                    "path": f"jaxrec.models.{module}:{name}",
-                    "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+                    "path": path,
+                    "parameters": _parameters(config) if counts else None,
+                    "trains_on": _trains_on(config),
                     "golden": GOLDEN.get(module),
                     "conversion": DESCRIBED_BY.get(module, module) in convert.SYSTEMS,
                     "experiment": EXPERIMENTS.get(module),
                 }
             )
     return rows
+
+
+def _parameters(config: Any) -> int:
+    import jax
+    from flax import nnx
+
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Not(Fixed))))
+
+
+def _trains_on(config: Any) -> str | None:
+    """What `jaxrec train` gives such a model; None if it is trained from Python."""
+    if isinstance(config, HRMConfig):
+        return "puzzles"
+    return "text" if isinstance(config, LanguageModelConfig) else None

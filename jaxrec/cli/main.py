@@ -18,12 +18,16 @@ from typing import Any
 from jaxrec.errors import UserError, nearest
 
 COMMANDS = {
-    "train": "train a language model, or go on with a run",
+    "train": "train a language model or a solver of puzzles, or go on with a run",
     "generate": "continue prompts with a trained model",
-    "eval": "validation loss and bits per byte, by depth",
+    "eval": "validation loss and bits per byte, by depth; puzzles solved, by segment",
     "data": "tokenise a corpus once into files that runs map into memory",
     "convert": "read a published checkpoint into a run, or write one",
-    "bench": "time the scans, or a training step",
+    "bench": "time scans, models and training steps, beside other programs",
+    "launch": "write what starts a run on several hosts: SLURM, GKE or ssh",
+    "plan": "what a training run would need and send, without allocating it",
+    "profile": "trace a step, a forward pass or decoding, and list what takes the time",
+    "check": "compare every op with float64 on the devices of this machine",
     "list": "what the library holds: models, sizes, conversions",
 }
 MODULES = {"eval": "evaluate", "list": "list_systems"}

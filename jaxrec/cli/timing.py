@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 import jaxrec
@@ -24,6 +26,10 @@ from jaxrec.errors import UserError
 MIB = 2.0**20
 SETTINGS = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 """Environment variables that change speed, reported where they are set."""
+
+
+MATRIX = 1024
+"""A machine's peak is its speed at a product of square matrices of this size."""
 
 
 class WrongNumbers(Exception):
@@ -76,6 +82,17 @@ def race(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
             jax.block_until_ready(candidates[name]())
             seconds[name].append(time.perf_counter() - start)
     return {name: Timing(statistics.median(s), min(s), rounds) for name, s in seconds.items()}
+
+
+def matrix_product() -> Callable[[], Any]:
+    """A large product of matrices, to run in turns with what is timed; see `peak`."""
+    matrix = jnp.ones((MATRIX, MATRIX))
+    return functools.partial(compile_program(jnp.matmul, matrix, matrix).call, matrix, matrix)
+
+
+def peak(product: Timing) -> float:
+    """Floating-point operations per second of `matrix_product`, at its fastest."""
+    return 2 * MATRIX**3 / product.least
 
 
 @contextlib.contextmanager

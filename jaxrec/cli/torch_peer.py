@@ -1,19 +1,35 @@
 """What benchmarks beside PyTorch programs share: arrays across, the loss there, and agreement."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+import jaxrec
 from jaxrec.cli.timing import WrongNumbers
 from jaxrec.convert import engine
 from jaxrec.training.losses import cross_entropy
 
+PEERS = Path(jaxrec.__file__).parents[1] / "benchmarks" / "peers"
 TOLERANCE = 1e-5
 """Largest difference between two programs, both in float32, relative to the largest value of an
 array. Measured: up to 2e-6."""
+
+
+def load(name: str) -> Any | None:
+    """benchmarks/peers/NAME.py of this checkout; None without it or without PyTorch."""
+    file = PEERS / f"{name}.py"
+    if importlib.util.find_spec("torch") is None or not file.exists():
+        return None
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def to_torch(*arrays: Array) -> list[Any]:
@@ -59,13 +75,15 @@ def differences(
     torch_loss(their_scores, *to_torch(labels)).backward()
     their_gradient = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
 
-    def error(value: np.ndarray, their_value: np.ndarray) -> float:
-        return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
-
-    found = {"the logits": error(np.asarray(scores), their_scores.detach().numpy())}
+    found = {"the logits": relative_error(np.asarray(scores), their_scores.detach().numpy())}
     for name, value in engine.to_tensors(engine.find(system), model, gradient).items():
-        found[f"the gradient of {name}"] = error(value, their_gradient[name])
+        found[f"the gradient of {name}"] = relative_error(value, their_gradient[name])
     return found
+
+
+def relative_error(value: np.ndarray, their_value: np.ndarray) -> float:
+    """The largest difference over the largest value of theirs."""
+    return float(np.max(np.abs(value - their_value)) / np.max(np.abs(their_value)))
 
 
 def refuse_differences(who: str, found: Mapping[str, float]) -> None:

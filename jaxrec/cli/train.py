@@ -1,4 +1,6 @@
-"""`jaxrec train MODEL`: trains a language model on text, and ends with what it has learned."""
+"""`jaxrec train MODEL`: trains a language model on text, or a solver on puzzles, and ends with what
+it has learned.
+"""
 
 import dataclasses
 import importlib
@@ -12,14 +14,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxrec.config import from_dict, load_object
+from jaxrec.config import from_dict, load_object, to_dict
 from jaxrec.errors import UserError
-from jaxrec.training.config import TrainConfig
-from jaxrec.training.runs import read_run, tokenizer_of
+from jaxrec.training.config import PuzzleConfig, RunConfig, TrainConfig
+from jaxrec.training.runs import config_class, read_run, tokenizer_of
 
 HELP = """usage: jaxrec train MODEL [options]
 
-MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY; `jaxrec list` shows all.
+MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY, a language model, or
+jaxrec.models.hrm:SUDOKU_4X4, a solver of puzzles; `jaxrec list` shows all. --data names what it
+learns from: text, or puzzles such as sudoku-4x4.
 Or it is the folder of a run, made by `jaxrec convert`, say, with whose parameters a new one begins.
 Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others.
 --config FILE reads options from YAML or JSON, with the model's fields under "model"."""
@@ -33,45 +37,68 @@ class Options:
     """Folder of all runs."""
     resume: bool = False
     """Insist that the run exists. Without it a run is resumed if its folder holds one."""
+    distributed: bool = False
+    """Join other processes that run the same command, even if neither JAX_COORDINATOR_ADDRESS nor
+    srun says that there are any; see docs/operations.md."""
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """MODEL, and a dataclass of the model, the training and the `Options`, see `read_run_options`.
+
+    Raises:
+      UserError: as there.
+    """
+    return read_run_options(argv, "train", HELP, Options())
+
+
+def read_run_options(
+    argv: Sequence[str], command: str, description: str, options: Any
+) -> tuple[str, Any]:
     """Reads MODEL first, since its type decides which options there are.
 
     A file given by `--config FILE` (YAML or JSON) holds fields of the training configuration, and
     of the model under "model"; options override it.
+
+    Args:
+      argv: the arguments after the command.
+      command: its name.
+      description: what it prints when it is asked for help without a MODEL.
+      options: further ones of the command, a dataclass with its defaults.
+
+    Returns:
+      MODEL, and a dataclass with the fields model, train and options.
+
+    Raises:
+      UserError: MODEL is missing or cannot be trained, an option is wrong, or model and data do not
+        belong together.
     """
     from jaxrec.cli.main import read_arguments
+    from jaxrec.models.hrm import HRMConfig
     from jaxrec.models.protocol import LanguageModelConfig
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        print(description)
         raise SystemExit(0)
     path, *rest = argv
     if path.startswith("-"):
         raise UserError(
-            f"MODEL comes first: jaxrec train jaxrec.models.huginn:TINY {shlex.join(argv)}"
+            f"MODEL comes first: jaxrec {command} jaxrec.models.huginn:TINY {shlex.join(argv)}"
         )
     model = _model_config(path)
-    if isinstance(model, type) or not isinstance(model, LanguageModelConfig):
+    if isinstance(model, type) or not isinstance(model, (LanguageModelConfig, HRMConfig)):
         raise UserError(
-            f"{path} is not the configuration of a language model, which are what this command"
-            " trains; `jaxrec list` shows all."
+            f"{path} is not the configuration of a language model or of a solver of puzzles, which"
+            " are what this command trains; `jaxrec list` shows all."
         )
-    config, rest = TrainConfig(), _with_short_data(rest)
-    if _is_run(path):
-        config = dataclasses.replace(
-            config,
-            name=f"{Path(path).resolve().name}-on",
-            time=min(config.time, model.context),
-            data=dataclasses.replace(config.data, tokenizer=tokenizer_of(read_run(Path(path)))),
-        )
+    rest = _with_short_data(rest)
+    kind: Any = config_class(model)
+    config = _config_of_run(Path(path)) if _is_run(path) else kind()
     rest = [part for word in rest for part in _split_config(word)]
     if "--config" in rest:
         index = rest.index("--config")
         if index + 1 == len(rest):
             raise UserError("--config needs a file, YAML or JSON.")
-        config, model = _read_config(Path(rest[index + 1]), model)
+        config, model = _read_config(Path(rest[index + 1]), model, config)
         del rest[index : index + 2]
     arguments = dataclasses.make_dataclass(
         "Arguments",
@@ -79,37 +106,79 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
             ("model", type(model), dataclasses.field(default=model)),
             (
                 "train",
-                Annotated[TrainConfig, tyro.conf.arg(name="")],
+                Annotated[type(config), tyro.conf.arg(name="")],
                 dataclasses.field(default=config),
             ),
             (
                 "options",
-                Annotated[Options, tyro.conf.arg(name="")],
-                dataclasses.field(default=Options()),
+                Annotated[type(options), tyro.conf.arg(name="")],
+                dataclasses.field(default=options),
             ),
         ],
         frozen=True,
     )
-    arguments.__doc__ = f"Train {path}."
-    return path, read_arguments(arguments, rest, f"jaxrec train {path}")
+    arguments.__doc__ = f"{command.capitalize()} {path}."
+    read = read_arguments(arguments, rest, f"jaxrec {command} {path}")
+    _check_data(path, read.train)
+    return path, read
+
+
+def _config_of_run(folder: Path) -> RunConfig:
+    """What a run that begins with the parameters of another one has by default."""
+    run, name = read_run(folder), f"{folder.resolve().name}-on"
+    if isinstance(run.config, PuzzleConfig):
+        return PuzzleConfig(name=name, data=run.config.data)
+    config = TrainConfig(name=name)
+    return dataclasses.replace(
+        config,
+        time=min(config.time, run.model_config.context),
+        data=dataclasses.replace(config.data, tokenizer=tokenizer_of(run)),
+    )
+
+
+def _check_data(path: str, config: RunConfig) -> None:
+    """Refuses text for a solver of puzzles and puzzles for a language model."""
+    from jaxrec.training.data.corpora import BUILT_IN
+    from jaxrec.training.data.puzzle_sources import SUDOKUS, are_puzzles
+
+    if isinstance(config, PuzzleConfig) and config.data.source in BUILT_IN:
+        raise UserError(
+            f"{path} solves puzzles and cannot learn from {config.data.source}, which is text. Give"
+            f" --data {', '.join(SUDOKUS)}, maze-NxN or a folder of puzzles."
+        )
+    if isinstance(config, TrainConfig) and are_puzzles(config.data.source):
+        raise UserError(
+            f"{path} is a language model and cannot learn from {config.data.source}, which are"
+            " puzzles. Train jaxrec.models.hrm:SUDOKU_4X4, say, or give text by --data."
+        )
 
 
 def run(parsed: tuple[str, Any]) -> int:
-    """Trains, then prints the table, a sample and what to type next."""
-    from jaxrec.training.loop import train
+    """Trains, then prints what was learned and what to type next."""
+    from jaxrec.training import hosts
 
     path, arguments = parsed
+    if arguments.options.distributed or hosts.are_announced():
+        hosts.start()
     start = Path(path) if _is_run(path) else None
-    outcome = train(
-        path if start is None else read_run(start).model_path,
-        arguments.model,
-        arguments.train,
-        runs=arguments.options.runs,
-        resume=arguments.options.resume,
-        start=start,
-        sample=_sample,
-        stream=sys.stdout,
-    )
+    model_path = path if start is None else read_run(start).model_path
+    options: dict[str, Any] = {
+        "runs": arguments.options.runs,
+        "resume": arguments.options.resume,
+        "start": start,
+        "stream": sys.stdout,
+    }
+    solver = isinstance(arguments.train, PuzzleConfig)
+    if solver:
+        from jaxrec.training.puzzles import train_puzzles
+
+        outcome: Any = train_puzzles(model_path, arguments.model, arguments.train, **options)
+    else:
+        from jaxrec.training.loop import train
+
+        outcome = train(model_path, arguments.model, arguments.train, sample=_sample, **options)
+    if not hosts.is_first():
+        return 0
     folder = outcome.run.folder
     if outcome.stopped_by is not None:
         print(
@@ -118,8 +187,34 @@ def run(parsed: tuple[str, Any]) -> int:
         )
         return 0
     longer = dataclasses.replace(arguments.train, steps=2 * arguments.train.steps)
-    _conclude(outcome, command_line(path, dataclasses.replace(arguments, train=longer)))
+    conclude = _conclude_puzzles if solver else _conclude
+    conclude(outcome, command_line(path, dataclasses.replace(arguments, train=longer)))
     return 0
+
+
+def _conclude_puzzles(outcome: Any, go_on: str) -> None:
+    from jaxrec.cli.main import program
+    from jaxrec.training import puzzle_report
+
+    run, scores = outcome.run, outcome.evaluation
+    puzzle_report.write_puzzle_report(outcome)
+    print(
+        f"\n{scores.puzzles} held-out puzzles ({run.data['source']}) after {outcome.step} steps:\n"
+        f"{puzzle_report.table(scores)}"
+    )
+    picture = puzzle_report.plot_puzzle_curves(run.folder)
+    print(_curves(picture))
+    average = "" if run.config.optimizer.ema_decay is None else " --ema"
+    where = shlex.quote(str(run.folder))
+    print(f"See one:   {program()} eval {where}{average} --show")
+    print(f"Evaluate:  {program()} eval {where}{average}")
+    print(f"Go on:     {go_on}")
+
+
+def _curves(picture: Path | None) -> str:
+    if picture is None:
+        return "No curves: matplotlib is missing (extra notebooks)."
+    return f"Curves: {picture}"
 
 
 def _conclude(outcome: Any, go_on: str) -> None:
@@ -137,18 +232,16 @@ def _conclude(outcome: Any, go_on: str) -> None:
     )
     for depth, bits in report["bits_per_byte"].items():
         name = "model" if depth == "-" else f"depth {depth}"
-        note = "  <- mean depth in training" if depth == str(mean) else ""
+        note = "  <- the model's own depth" if depth == str(mean) else ""
         print(f"  {name:<20}{bits:7.3f}{note}")
     for name, bits in report["baselines"]["bits_per_byte"].items():
         print(f"  {name:<20}{bits:7.3f}")
-    sample = _sample(outcome.model, outcome.data.tokenizer)
-    with (folder / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"--- step {outcome.step}\n{sample}\n")
-    print(f"\nSample:\n{sample}\n")
-    picture = plot_curves(folder)
-    print(
-        f"Curves: {picture}" if picture else "No curves: matplotlib is missing (extra notebooks)."
-    )
+    if outcome.model is not None:
+        sample = _sample(outcome.model, outcome.data.tokenizer)
+        with (folder / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {outcome.step}\n{sample}\n")
+        print(f"\nSample:\n{sample}\n")
+    print(_curves(plot_curves(folder)))
     options = "" if mean is None else f" --depth {2 * mean}"
     average = "" if run.config.optimizer.ema_decay is None else " --ema"
     where = shlex.quote(str(folder))
@@ -160,7 +253,7 @@ def _conclude(outcome: Any, go_on: str) -> None:
         source = shlex.quote(run.config.data.source)
         print(
             f"Scale up:  {program()} train {module}:SMALL --data {source}"
-            " --precision bfloat16 --mesh data=8"
+            " --precision bfloat16 --mesh data=8    # on eight devices"
         )
 
 
@@ -188,7 +281,7 @@ def command_line(path: str, arguments: Any) -> str:
     from jaxrec.cli.main import program
 
     pairs = _differences(arguments.model, _model_config(path), "model.")
-    pairs += _differences(arguments.train, TrainConfig(), "")
+    pairs += _differences(arguments.train, type(arguments.train)(), "")
     pairs += _differences(arguments.options, Options(), "")
     words = []
     for name, value in pairs:
@@ -237,7 +330,8 @@ def _split_config(word: str) -> list[str]:
     return ["--config", word[9:]] if word.startswith("--config=") else [word]
 
 
-def _read_config(file: Path, model: Any) -> tuple[TrainConfig, Any]:
+def _read_config(file: Path, model: Any, config: RunConfig) -> tuple[RunConfig, Any]:
+    """The configurations of the run and the model with what the file changes in them."""
     import yaml
 
     try:
@@ -245,7 +339,7 @@ def _read_config(file: Path, model: Any) -> tuple[TrainConfig, Any]:
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: cannot be read ({error}).") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # also of dates that are none
         raise UserError(f"--config {file}: {error}") from error
     changes = content.pop("model", {}) if isinstance(content, dict) else None
     if not isinstance(changes, dict):
@@ -253,5 +347,15 @@ def _read_config(file: Path, model: Any) -> tuple[TrainConfig, Any]:
             f"--config {file}: expected fields of the training configuration, and under 'model'"
             " fields of the model."
         )
-    known = dataclasses.asdict(model)
-    return from_dict(TrainConfig, content), from_dict(type(model), known | changes, where="model.")
+    run = from_dict(type(config), _merged(to_dict(config), content))
+    return run, from_dict(type(model), to_dict(model) | changes, where="model.")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Fields of nested configurations, the new ones where there are such."""
+    nested = {
+        name: _merged(old[name], value)
+        for name, value in new.items()
+        if isinstance(value, dict) and isinstance(old.get(name), dict)
+    }
+    return old | new | nested

@@ -19,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrec.config import beside, read_json
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+"""What a table raises of fields that nobody checks, of any type and size."""
 SYSTEMS = (
     "deer_elk",
     "hrm",
@@ -78,6 +81,13 @@ class System:
     repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
 
 
+def arrays(x: Any) -> Any:
+    """The module whose functions take x: NumPy; or jax.numpy, where a table is traced for its
+    shapes.
+    """
+    return jnp if isinstance(x, jax.Array) else np
+
+
 def same(source: str, target: str) -> Rule:
     """The tensor is the parameter."""
     return Rule(source, (target,), lambda x, _: (x,), lambda xs: xs[0])
@@ -113,11 +123,11 @@ def fused(source: str, *targets: str) -> Rule:
         ends = np.cumsum([int(np.prod(shape[1:])) for shape in shapes])
         if ends[-1] != x.shape[0]:
             raise ValueError(f"{x.shape[0]} rows cannot be cut at {ends}")
-        stretches = np.split(x, ends[:-1])
+        stretches = arrays(x).split(x, ends[:-1])
         return [part.T.reshape(shape) for part, shape in zip(stretches, shapes, strict=True)]
 
     def join(xs: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([x.reshape(x.shape[0], -1).T for x in xs])
+        return arrays(xs[0]).concatenate([x.reshape(x.shape[0], -1).T for x in xs])
 
     return Rule(source, targets, split, join)
 
@@ -169,7 +179,7 @@ def load(system: str, directory: str | Path) -> Any:
         tensors are unused, missing or misshapen; the message names them.
     """
     table, folder = find(system), Path(directory)
-    config = table.read_config(_read_json(folder / "config.json"))
+    config = _config(table, folder)
     return from_tensors(table, config, read_tensors(folder))
 
 
@@ -182,13 +192,17 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
       system: the table; None: that of the file in which the model's configuration is defined.
 
     Raises:
-      UserError: no table fits the model, or the directory holds a checkpoint already.
+      UserError: no table fits the model, it is one of another system, or the directory holds a
+        checkpoint already.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     module = type(model.config).__module__.rpartition(".")[2]
-    table = find(system or DESCRIBED_BY.get(module, module))
+    described = DESCRIBED_BY.get(module, module)
+    table = find(system or described)
+    if system is not None and described in SYSTEMS and system != described:
+        raise UserError(f"The model is one of {described}; it cannot be written as {system}.")
     folder = Path(directory)
     there = [*folder.glob("*.safetensors*"), *folder.glob("config.json")]
     if there:
@@ -215,13 +229,19 @@ def find(system: str) -> System:
 
 def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     """Builds the model of `config` from the original's tensors; see `load` for what is refused."""
-    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    try:
+        abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+        rules = system.rules(config)
+    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # beyond all memory
+        raise UserError(
+            f"{system.name}: no model of such a configuration can be built ({error!r})."
+        ) from error
     tensors = {_with_prefix(name, system.prefix): value for name, value in tensors.items()}
     graph, state = nnx.split(abstract)
     shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(state)).items()}
     filled: dict[str, np.ndarray] = {}
     used: set[str] = set()
-    for rule in system.rules(config):
+    for rule in rules:
         stacked, rows = rule.is_stacked, _rows(rule, tensors)
         absent = [name for row in rows for name in row if name not in tensors]
         if absent:
@@ -230,7 +250,7 @@ def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray])
         wanted = [shapes[path][1:] if stacked else shapes[path] for path in rule.targets]
         loaded = [_apply(rule, [tensors[name] for name in row], wanted, row) for row in rows]
         for path, columns in zip(rule.targets, zip(*loaded, strict=True), strict=True):
-            value = np.stack(columns) if stacked else columns[0]
+            value = arrays(columns[0]).stack(columns) if stacked else columns[0]
             if value.shape != shapes[path]:
                 raise UserError(
                     f"{system.name}: {rule.sources[0]} gives {path} the shape {value.shape},"
@@ -269,9 +289,9 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
     gradient.
     """
     tree = model if parameters is None else parameters
-    flat = {
-        path: np.asarray(leaf) for path, leaf in _flat(nnx.to_pure_dict(nnx.split(tree)[1])).items()
-    }
+    flat = _flat(nnx.to_pure_dict(nnx.split(tree)[1]))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values()):
+        flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
     tensors: dict[str, np.ndarray] = {}
     for rule in system.rules(model.config):
         values = [flat[path] for path in rule.targets]
@@ -284,7 +304,30 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
             ):
                 tensors[name.format(i=number)] = tensor
     # The safetensors writer would store a transposed view with the right shape and the wrong order.
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return {
+        name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in tensors.items()
+    }
+
+
+def _config(system: System, folder: Path) -> Any:
+    """Our configuration from the original's file.
+
+    Raises:
+      UserError: it cannot be read, or does not describe a model of that kind.
+    """
+    file = beside(folder, "config.json")
+    data = _read_json(file)
+    try:
+        return system.read_config(data)
+    except UserError:
+        raise
+    except MALFORMED as error:
+        # A table looks at the fields it knows; what stands in them may be of any type.
+        raise UserError(
+            f"{system.name}: {file} does not describe such a model"
+            f" ({type(error).__name__}: {error})."
+        ) from error
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -295,13 +338,13 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise UserError(f"{index} names {outside[0]!r}; shards must lie beside the index.")
-        files = [folder / name for name in names]
+        shards = _read_json(beside(folder, index.name)).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            raise UserError(f"{index}: weight_map must map names of tensors to names of files.")
+        names = sorted(set(shards.values()))
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = [beside(folder, name) for name in names]
     if not files:
         pickled = [
             file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)
@@ -374,10 +417,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
+    data = read_json(file)
     if not isinstance(data, dict):
         raise UserError(f"{file} must hold a JSON object.")
     return data

@@ -16,6 +16,11 @@ BOOKKEEPING = (
 """Fields that any file of the Hugging Face layout may have, and that say nothing of the equations.
 """
 
+MOST = 10_000
+"""Layers, or states of a layer with a dense matrix: far beyond all models. A number in a damaged
+file could fill the memory.
+"""
+
 
 def check_names(
     system: str, data: Mapping[str, Any], known: Collection[str], required: Collection[str]
@@ -61,6 +66,17 @@ def check_counts(system: str, data: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not isinstance(data[name], int) or data[name] < 1:
             raise UserError(f"{system}: {name} must be a count, got {data[name]!r}.")
+
+
+def check_most(system: str, data: Mapping[str, Any], name: str) -> None:
+    """Refuses more than any model has, where tables or matrices grow with it.
+
+    Raises:
+      UserError: the field is no count, or above MOST.
+    """
+    check_counts(system, data, name)
+    if data[name] > MOST:
+        raise UserError(f"{system}: {name} must be at most {MOST}, got {data[name]}.")
 
 
 def build(system: str, cls: type[T], fields: Mapping[str, Any]) -> T:

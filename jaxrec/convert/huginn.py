@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxrec.convert import fields
-from jaxrec.convert.engine import Rule, System, fused, same, transposed
+from jaxrec.convert.engine import Rule, System, arrays, fused, same, transposed
 from jaxrec.errors import UserError
 from jaxrec.models.huginn import HuginnConfig
 
@@ -88,7 +86,7 @@ def _block(theirs: str, ours: str, config: HuginnConfig) -> list[Rule]:
                 f"{theirs}attn.qk_bias",  # (2, 1, h, k)
                 (f"{ours}/attention/query_bias", f"{ours}/attention/key_bias"),
                 lambda x, _: (x[0, 0], x[1, 0]),
-                lambda xs: np.stack(xs)[:, None],
+                lambda xs: arrays(xs[0]).stack(xs)[:, None],
             )
         )
     return rules
@@ -100,8 +98,8 @@ def _rules(config: HuginnConfig) -> list[Rule]:
         Rule(  # columns: first those that read the latent state, then those that read the input
             "transformer.adapter.weight",
             ("adapter_latent/kernel", "adapter_input/kernel"),
-            lambda x, _: np.split(x.T, 2),
-            lambda xs: np.concatenate(xs).T,
+            lambda x, _: arrays(x).split(x.T, 2),
+            lambda xs: arrays(xs[0]).concatenate(xs).T,
         ),
         same("transformer.ln_f.weight", "norm/scale"),
     ]
@@ -124,4 +122,7 @@ SYSTEM = System(
     write_config=_write_config,
     rules=_rules,
     ignored=("freqs_cis",),  # cosines and sines, recomputed
+    repeated=lambda config: (
+        {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
+    ),
 )

@@ -51,6 +51,7 @@ def _read_config(data: Mapping[str, Any]) -> RecurrentGemmaConfig:
     fields.check_names("recurrentgemma", data, known, REQUIRED)
     data = DEFAULTS | dict(data)
     fields.check_counts("recurrentgemma", data, *REQUIRED)
+    fields.check_most("recurrentgemma", data, "num_hidden_layers")
     wanted = {
         "model_type": "recurrent_gemma",
         "head_dim": data["hidden_size"] // data["num_attention_heads"],

@@ -29,6 +29,7 @@ PARTS = ("real", "imag")
 
 def _read_config(data: Mapping[str, Any]) -> S5Config:
     fields.check_names("s5", data, [*OPTIONAL, *UNUSED], FIELDS)
+    fields.check_most("s5", data, "P")
     ours = {field: data[name] for name, field in (FIELDS | OPTIONAL).items() if name in data}
     return fields.build("s5", S5Config, ours)
 

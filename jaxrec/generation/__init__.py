@@ -12,5 +12,6 @@ from jaxrec.generation.sampling import SamplingConfig
 from jaxrec.generation.speculative import SpeculativeStep, generate_speculative
 from jaxrec.generation.stopping import StopStrings
 from jaxrec.generation.streaming import Decoder, Report, TextStream, stream_text, text_of
+from jaxrec.generation.translate import translate
 from jaxrec.ops.depth.exits import Exit
 from jaxrec.ops.depth.noise import LatentNoise

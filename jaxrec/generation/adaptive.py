@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from jaxrec.errors import UserError
 from jaxrec.generation.autoregressive import STOPPED
+from jaxrec.generation.programs import FlatModel
 from jaxrec.generation.prompts import check_looped, latents, pad, round_up, row_keys, token_keys
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
 from jaxrec.models.huginn import Huginn, Latent
@@ -139,7 +140,7 @@ def _run(
     strategy: str,
     stop_tokens: frozenset[int],
 ) -> Iterator[AdaptiveStep]:
-    weights, structure = jax.tree.flatten(model)
+    flat = FlatModel.for_decoding(model)
     tokens, lengths = pad(prompts)
     segments = (np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]).astype(np.int32)
     present = None
@@ -160,9 +161,8 @@ def _run(
     running = np.ones(len(prompts), np.bool_)
     for index in range(max_new_tokens):
         new, loops, values, carry = _advance(
-            structure,
+            flat,
             static,
-            weights,
             settings,
             carry,
             jnp.asarray(tokens),
@@ -179,11 +179,10 @@ def _run(
         tokens, segments = np.maximum(step, 0)[:, None], np.ones_like(segments[:, :1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
 def _advance(
-    structure: Any,
+    flat: FlatModel,
     static: _Static,
-    weights: list[Array],
     settings: _Settings,
     carry: _Carry,
     tokens: Array,
@@ -192,7 +191,7 @@ def _advance(
     depth: Array,
 ) -> tuple[Array, Array, Array, _Carry]:
     """Feeds tokens (b t) and draws the ones that follow, with their loops and criteria."""
-    model: Huginn = jax.tree.unflatten(structure, weights)
+    model: Huginn = flat.module()
     batch, time = tokens.shape
     is_token = segment_ids > 0
     position = carry.position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxrec.errors import UserError
+from jaxrec.generation.programs import FlatModel
 from jaxrec.generation.prompts import check, latents, pad, round_up, row_keys
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw
 from jaxrec.models.protocol import LanguageModel, loop_inputs, prefix_inputs
@@ -143,23 +144,22 @@ def _run(
     depth: int | None,
     stop_tokens: frozenset[int],
 ) -> Iterator[np.ndarray]:
-    # A flat list of weights costs the host far less per call than a module does.
-    weights, structure = jax.tree.flatten(model)
+    flat, steps = FlatModel.of(model), FlatModel.for_decoding(model)
     tokens, lengths = pad([prompt[:-1] for prompt in prompts])
     present = None
     if settings.sampling.repetition_penalty is not None:
         present = jnp.array([np.isin(np.arange(model.config.vocab_size), row) for row in prompts])
     capacity = round_up(tokens.shape[1] + max_new_tokens)
-    state = _prefill(structure, capacity, depth, weights, settings.loop, tokens, lengths)
+    state = _prefill(flat, capacity, depth, settings.loop, tokens, lengths)
     carry = _Carry(state, jnp.array(lengths), jnp.zeros((), jnp.int32), present)
     token = jnp.array([prompt[-1] for prompt in prompts], jnp.int32)
-    token, carry = _decode(structure, weights, settings, carry, token)
+    token, carry = _decode(steps, settings, carry, token)
     running = np.ones(len(prompts), np.bool_)
     for index in range(max_new_tokens):
         shown = token
         if index + 1 < max_new_tokens:
             # The next step is under way before this one is looked at.
-            token, carry = _decode(structure, weights, settings, carry, token)
+            token, carry = _decode(steps, settings, carry, token)
         step = np.array(shown)
         if stop_tokens:
             running &= ~np.isin(step, list(stop_tokens))
@@ -169,18 +169,17 @@ def _run(
             return
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _prefill(
-    structure: Any,
+    flat: FlatModel,
     capacity: int,
     max_depth: int | None,
-    weights: list[Array],
     loop: _Loop,
     tokens: Array,
     lengths: Array,
 ) -> Any:
     """The state after tokens (b t), of which all but the last `lengths` (b) are padding."""
-    model = jax.tree.unflatten(structure, weights)
+    model: LanguageModel = flat.module()
     batch, time = tokens.shape
     index = jax.lax.broadcasted_iota(jnp.int32, (batch, time), 1)
     position = index - (time - lengths[:, None])
@@ -195,12 +194,12 @@ def _prefill(
     return state
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, donate_argnums=2)
 def _decode(
-    structure: Any, weights: list[Array], settings: _Settings, carry: _Carry, token: Array
+    flat: FlatModel, settings: _Settings, carry: _Carry, token: Array
 ) -> tuple[Array, _Carry]:
     """Feeds tokens (b) and draws the ones that follow, int32 (b)."""
-    model = jax.tree.unflatten(structure, weights)
+    model: LanguageModel = flat.module()
     logits, state = model(
         token[:, None],
         carry.state,

@@ -1,6 +1,6 @@
 """What all samplers do with prompts: check and pad them, and give keys to rows and tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,8 +62,7 @@ def check(
         )
     if depth is not None and depth < 1:
         raise UserError(
-            f"generate: depth must be >= 1, got {depth}."
-            f" The model was trained around {config.mean_depth}."
+            f"generate: depth must be >= 1, got {depth}. The model's own is {config.mean_depth}."
         )
     for row, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
@@ -91,30 +90,6 @@ def check(
                 f" longer than the context of {config.context} tokens. Ask for at most"
                 f" {config.context - len(prompt)} new tokens, or shorten the prompt."
             )
-
-
-def over_rows(function: Callable[..., Any], axes: tuple[Any, ...], rows: int) -> Callable[..., Any]:
-    """`function` of one row mapped over so many; `axes` as the in_axes of `jax.vmap`.
-
-    A single row is not mapped: a cache that is written at one place is written in place, at a place
-    of each row it is copied.
-    """
-    if rows > 1:
-        return jax.vmap(function, in_axes=axes)
-
-    def alone(*arguments: Any) -> Any:
-        inner = (
-            jax.tree.map(
-                lambda axis, x: x if axis is None else jax.tree.map(lambda leaf: leaf[0], x),
-                axis,
-                argument,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            for axis, argument in zip(axes, arguments, strict=True)
-        )
-        return jax.tree.map(lambda leaf: leaf[None], function(*inner))
-
-    return alone
 
 
 def check_looped(

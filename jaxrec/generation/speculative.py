@@ -22,7 +22,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrec.errors import UserError
-from jaxrec.generation.prompts import check_looped, latents, over_rows, round_up, row_keys
+from jaxrec.generation.programs import FlatModel, over_rows
+from jaxrec.generation.prompts import check_looped, latents, round_up
+from jaxrec.generation.rows import End, RowKeys, Texts
 from jaxrec.generation.sampling import Sampling, SamplingConfig, draw_at
 from jaxrec.models.huginn import Huginn
 from jaxrec.ops.depth.cache import DepthCache, cut
@@ -85,9 +87,7 @@ def generate_speculative(
         raise UserError(
             f"generate: the threshold of acceptance must be in (0, 1], got {threshold}."
         )
-    if key is None and not config.is_greedy:
-        raise UserError("generate: drawing tokens needs a key. Pass key=jax.random.key(seed).")
-    rows = len(prompts)
+    keys = RowKeys.of(len(prompts), config, key, latent_key)
     longest = max(len(prompt) for prompt in prompts)
     static = _Static(
         lookahead=lookahead,
@@ -97,17 +97,14 @@ def generate_speculative(
         tokens=round_up(longest + max_new_tokens + lookahead + 1),
         strategy=strategy,
     )
-    source = _Source(
+    shared = _Shared(
         sampling=Sampling.of(config),
-        keys=None if config.is_greedy else row_keys(key, rows),
-        latent_keys=None if latent_key is None else row_keys(latent_key, rows),
         depth=jnp.asarray(depth, jnp.int32),
         draft_depth=jnp.asarray(draft_depth, jnp.int32),
         threshold=jnp.asarray(threshold, jnp.float32),
-        stop_tokens=jnp.asarray(list(stop_tokens), jnp.int32),
-        max_new_tokens=jnp.asarray(max_new_tokens, jnp.int32),
+        end=End.of(stop_tokens, max_new_tokens),
     )
-    return _run(model, prompts, static, source)
+    return _run(model, Texts(prompts, max_new_tokens, stop_tokens), static, shared, keys)
 
 
 class _Static(NamedTuple):
@@ -121,22 +118,17 @@ class _Static(NamedTuple):
     strategy: str
 
 
-class _Source(NamedTuple):
-    """What stays the same from round to round; keys are (b) outside and () for one row."""
+class _Shared(NamedTuple):
+    """What is the same for all rounds and rows."""
 
     sampling: Sampling
-    keys: Array | None
-    latent_keys: Array | None
     depth: Array
     draft_depth: Array
     threshold: Array
-    stop_tokens: Array
-    max_new_tokens: Array
+    end: End
 
 
 _NONE: Any = None
-_ROWS: Any = 0
-_SOURCE_AXES = _Source(_NONE, _ROWS, _ROWS, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 class _Row(NamedTuple):
@@ -152,96 +144,83 @@ class _Row(NamedTuple):
 
 
 def _run(
-    model: Huginn, prompts: Sequence[Sequence[int]], static: _Static, source: _Source
+    model: Huginn, texts: Texts, static: _Static, shared: _Shared, keys: RowKeys
 ) -> Iterator[SpeculativeStep]:
-    weights, structure = jax.tree.flatten(model)
-    tokens = np.zeros((len(prompts), static.tokens), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    rows = _begin(structure, static, weights, source, jnp.asarray(tokens), jnp.asarray(lengths))
-    shown, limit = lengths.copy(), lengths + int(source.max_new_tokens)
-    stops = np.asarray(source.stop_tokens)
+    flat, steps = FlatModel.of(model), FlatModel.for_decoding(model)
+    rows = _begin(flat, static, shared, keys, texts.padded(static.tokens), texts.lengths)
     while True:
         host: Any = jax.device_get(rows._replace(cache=_NONE))
-        new: list[list[int]] = []
-        for row in range(len(prompts)):
-            until = min(int(host.length[row]), int(limit[row]))
-            part = host.tokens[row, shown[row] : until]
-            ends = np.flatnonzero(np.isin(part, stops))
-            new.append(part[: ends[0] if len(ends) else None].tolist())
-            shown[row] = until
-            if len(ends):
-                limit[row] = until
         yield SpeculativeStep(
-            new, host.tokens, host.length, host.accepted, host.rounds, host.is_done
+            texts.new(host.tokens, host.length),
+            host.tokens,
+            host.length,
+            host.accepted,
+            host.rounds,
+            host.is_done,
         )
         if host.is_done.all():
             return
-        rows = _advance(structure, static, weights, source, rows)
+        rows = _advance(steps, static, shared, keys, rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def _begin(
-    structure: Any,
+    flat: FlatModel,
     static: _Static,
-    weights: list[Array],
-    source: _Source,
+    shared: _Shared,
+    keys: RowKeys,
     tokens: Array,
     lengths: Array,
 ) -> _Row:
     """All rows with their prompts read and one token drawn."""
-    model: Huginn = jax.tree.unflatten(structure, weights)
+    model: Huginn = flat.module()
 
-    def begin(source: _Source, tokens: Array, length: Array) -> _Row:
+    def begin(keys: RowKeys, tokens: Array, length: Array) -> _Row:
         cache = model.init_state(
             1, capacity=static.tokens, depth=static.depth, strategy=static.strategy
         )
         zero = jnp.zeros((), jnp.int32)
-        logits, cache = _forward(model, source, cache, tokens[: static.prompt], zero, source.depth)
+        logits, cache = _forward(model, keys, cache, tokens[: static.prompt], zero, shared.depth)
         last = lax.dynamic_slice_in_dim(logits, length - 1, 1, axis=0)
-        first = draw_at(last, source.sampling, source.keys, zero[None], tokens, length[None])
+        first = draw_at(last, shared.sampling, keys.draws, zero[None], tokens, length[None])
         tokens = lax.dynamic_update_slice(tokens, first, (length,))
-        row = _Row(cut(cache, length), tokens, length + 1, length, zero, zero, jnp.bool_(False))
-        return row._replace(is_done=_is_done(source, row, length))
+        is_done = shared.end.is_reached(tokens, length, length + 1, length)
+        return _Row(cut(cache, length), tokens, length + 1, length, zero, zero, is_done)
 
-    return over_rows(begin, (_SOURCE_AXES, 0, 0), len(lengths))(source, tokens, lengths)
+    return over_rows(begin, len(lengths))(keys, tokens, lengths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _advance(
-    structure: Any, static: _Static, weights: list[Array], source: _Source, rows: _Row
-) -> _Row:
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=4)
+def _advance(flat: FlatModel, static: _Static, shared: _Shared, keys: RowKeys, rows: _Row) -> _Row:
     """One round of all rows."""
-    model: Huginn = jax.tree.unflatten(structure, weights)
-    each = functools.partial(_round, model, static)
-    return over_rows(each, (_SOURCE_AXES, 0), len(rows.length))(source, rows)
+    each = functools.partial(_round, flat.module(), static, shared)
+    return over_rows(each, len(rows.length))(keys, rows)
 
 
-def _round(model: Huginn, static: _Static, source: _Source, row: _Row) -> _Row:
+def _round(model: Huginn, static: _Static, shared: _Shared, keys: RowKeys, row: _Row) -> _Row:
     ahead = jnp.arange(static.lookahead, dtype=jnp.int32)
     begin = row.length - 1  # of the cache
 
     def draft(carry: tuple[DepthCache, Array], i: Array) -> tuple[tuple[DepthCache, Array], None]:
         cache, tokens = carry
         fed = lax.dynamic_slice_in_dim(tokens, begin + i, 1)
-        logits, cache = _forward(model, source, cache, fed, begin + i, source.draft_depth)
+        logits, cache = _forward(model, keys, cache, fed, begin + i, shared.draft_depth)
         known = (row.length + i)[None]
-        new = draw_at(logits, source.sampling, source.keys, known - row.prompt, tokens, known)
+        new = draw_at(logits, shared.sampling, keys.draws, known - row.prompt, tokens, known)
         return (cache, lax.dynamic_update_slice(tokens, new, (row.length + i,))), None
 
     (cache, tokens), _ = lax.scan(draft, (row.cache, row.tokens), ahead)
     fed = lax.dynamic_slice_in_dim(tokens, begin, static.lookahead)
-    logits, cache = _forward(model, source, cut(cache, begin), fed, begin, source.depth)
+    logits, cache = _forward(model, keys, cut(cache, begin), fed, begin, shared.depth)
     drafted = lax.dynamic_slice_in_dim(tokens, row.length, static.lookahead)
     known = row.length + ahead
-    drawn = draw_at(logits, source.sampling, source.keys, known - row.prompt, tokens, known)
+    drawn = draw_at(logits, shared.sampling, keys.draws, known - row.prompt, tokens, known)
     if static.is_exact:
         is_accepted = drawn == drafted
     else:
         p = jax.nn.softmax(logits, axis=1)
         own = jnp.take_along_axis(p, drafted[:, None], axis=1)[:, 0]
-        is_accepted = own >= source.threshold * jnp.max(p, axis=1)
+        is_accepted = own >= shared.threshold * jnp.max(p, axis=1)
     accepted = jnp.sum(jnp.cumprod(is_accepted.astype(jnp.int32)), dtype=jnp.int32)
     # Behind the accepted drafts comes the token that verification draws; behind all drafts none.
     tokens = lax.dynamic_update_slice(
@@ -249,7 +228,8 @@ def _round(model: Huginn, static: _Static, source: _Source, row: _Row) -> _Row:
     )
     length = row.length + jnp.minimum(accepted + 1, static.lookahead)
     then = row._replace(tokens=tokens, length=length, accepted=accepted, rounds=row.rounds + 1)
-    then = then._replace(is_done=_is_done(source, then, row.length))
+    is_done = shared.end.is_reached(tokens, row.length, length, row.prompt)
+    then = then._replace(is_done=is_done)
     # What a done row wrote lies behind its length; its cache need not be copied back.
     rest = jax.tree.map(
         lambda old, new: jnp.where(row.is_done, old, new),
@@ -260,13 +240,13 @@ def _round(model: Huginn, static: _Static, source: _Source, row: _Row) -> _Row:
 
 
 def _forward(
-    model: Huginn, source: _Source, cache: DepthCache, tokens: Array, start: Array, depth: Array
+    model: Huginn, keys: RowKeys, cache: DepthCache, tokens: Array, start: Array, depth: Array
 ) -> tuple[Array, DepthCache]:
     """Scores (n vocab) of tokens (n) from position `start` on."""
     latent = model.init_latent(None, 1, len(tokens))
-    if source.latent_keys is not None:
+    if keys.latents is not None:
         position = start + jnp.arange(len(tokens), dtype=jnp.int32)
-        latent = latents(model, source.latent_keys[None], position[None])
+        latent = latents(model, keys.latents[None], position[None])
     logits, after = model(
         tokens[None],
         cache,
@@ -276,12 +256,3 @@ def _forward(
     )
     assert after is not None, "a cache was given"
     return logits[0], after
-
-
-def _is_done(source: _Source, row: _Row, begin: Array) -> Array:
-    """Whether the tokens from `begin` on end the row."""
-    index = jnp.arange(row.tokens.shape[0])
-    is_new = (index >= begin) & (index < row.length)
-    is_stop = jnp.any(row.tokens[:, None] == source.stop_tokens[None], axis=1)
-    is_full = row.length - row.prompt >= source.max_new_tokens
-    return is_full | jnp.any(is_stop & is_new)

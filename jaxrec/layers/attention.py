@@ -15,7 +15,8 @@ from jaxrec.ops import attention, rotary
 class Attention(nnx.Module):
     """Self-attention with rotary positions and grouped key-value heads.
 
-    Without `causal` every token sees every other one, and there is nothing to cache. With
+    Without `causal` every token sees every other one that the mask of a view, if there is one, does
+    not hide, and there is nothing to cache. With
     `qk_bias`, a constant is added to queries and keys before the rotation; `bias` is that of the
     projections to queries, keys and values, `out_bias` that of the last one. `rotary_base` is the
     base of the angles, None for no rotation, `rotary_pairing` how channels are paired (see
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
             width,
             (2, kv_heads, head_width),
             init=init,
-            axes=("embed", None, "heads", None),
+            axes=("embed", None, "kv_heads", None),
             bias=bias,
             rngs=rngs,
         )
@@ -75,12 +76,10 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-        def constant(heads: int) -> nnx.Param | None:
-            return (
-                nnx.Param(jnp.zeros((heads, head_width)), axes=("heads", None)) if qk_bias else None
-            )
+        def constant(heads: int, name: str) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((heads, head_width)), axes=(name, None)) if qk_bias else None
 
-        self.query_bias, self.key_bias = constant(heads), constant(kv_heads)
+        self.query_bias, self.key_bias = constant(heads, "heads"), constant(kv_heads, "kv_heads")
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_base, self.rotary_pairing = rotary_base, rotary_pairing
         self.rotary_width, self.window = rotary_width or head_width, window
@@ -152,5 +151,34 @@ class Attention(nnx.Module):
                 k, v = attention.read(cache, slot)
             elif cache is not None:
                 cache, k, v = attention.extend(cache, slot, k, v, view.start)
-            y = attention.attend(q, k, v, view if self.causal else None, window=self.window)
+            y = attention.attend(q, k, v, view, window=self.window, causal=self.causal)
             return self.out(y.reshape(batch, time, -1)), cache
+
+
+class CrossAttention(nnx.Module):
+    """Attention from one sequence to another, without positions of its own."""
+
+    def __init__(self, width: int, heads: int, *, init: Initializer, rngs: nnx.Rngs):
+        size = width // heads
+        self.query = Linear(
+            width, (heads, size), init=init, axes=("embed", "heads", None), rngs=rngs
+        )
+        self.key_value = Linear(
+            width, (2, heads, size), init=init, axes=("embed", None, "heads", None), rngs=rngs
+        )
+        self.out = Linear(heads * size, width, init=init, axes=("heads", "embed"), rngs=rngs)
+
+    def read(self, source: Array) -> tuple[Array, Array]:
+        """Keys and values (b s h k) of the other sequence (b s d)."""
+        kv = self.key_value(source)
+        return kv[:, :, 0], kv[:, :, 1]
+
+    def __call__(self, x: Array, source: tuple[Array, Array], is_token: Array) -> Array:
+        """Attends from x (b t d) to what `read` made, where is_token, bool (b s), is True."""
+        batch, time, _ = x.shape
+        k, v = source
+        with jax.named_scope("cross_attention"):
+            mask = jnp.broadcast_to(is_token[:, None], (batch, time, k.shape[1]))
+            view = attention.View(jnp.zeros((batch, time), jnp.int32), mask, jnp.int32(0))
+            y = attention.attend(self.query(x), k, v, view, causal=False)
+            return self.out(y.reshape(batch, time, -1))

@@ -6,6 +6,7 @@ this table and nothing else.
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -21,12 +22,16 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),  # model width d of parameters; activations give fsdp to "batch"
     "mlp": ("model",),  # inner width e
     "heads": ("model",),  # heads, or heads times head width
+    "kv_heads": ("model",),  # heads of keys and values that several heads of queries share
     "vocab": ("model",),
     "state": (),  # n of state-space layers
     "head": (),  # width inside one head
     "conv": (),  # taps of a short convolution
     "layers": (),  # stacked layers are run one after another, so every device needs all
 }
+
+WHOLE_IF_FEWER = ("kv_heads",)
+"""Axes that every device holds whole where they are shorter than the devices are many."""
 
 
 def mesh_axes(logical: tuple[str | None, ...]) -> tuple[tuple[str, ...], ...]:
@@ -50,6 +55,26 @@ def mesh_axes(logical: tuple[str | None, ...]) -> tuple[tuple[str, ...], ...]:
         taken.update(claimed)
         result.append(claimed)
     return tuple(result)
+
+
+def parameter_axes(
+    logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Returns the mesh axes of each dimension of a parameter, as `mesh_axes`, behind those of
+    stacked layers, which are not split.
+
+    Args:
+      logical: names of the trailing dimensions.
+      shape: of the parameter.
+      sizes: of the axes of the mesh; others are left out.
+    """
+    stacked: list[tuple[str, ...]] = [()] * (len(shape) - len(logical))
+    found = []
+    for name, size, axes in zip(logical, shape[len(stacked) :], mesh_axes(logical), strict=True):
+        axes = tuple(axis for axis in axes if axis in sizes)
+        is_whole = name in WHOLE_IF_FEWER and size < math.prod(sizes[axis] for axis in axes)
+        found.append(() if is_whole else axes)
+    return stacked + found
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -17,7 +17,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Looks up int (b t); returns (b t d)."""
-        return self.table[...][tokens]
+        # Gathered when used, like every weight. Left to the compiler, each device reads its part of
+        # the width for all tokens of the batch, and to get its own tokens' vectors from there the
+        # SPMD partitioner falls back on all of them on every device ("involuntary full
+        # rematerialization") where both "data" and "fsdp" split the batch.
+        return constrain(self.table[...], "vocab", None)[tokens]
 
     def logits(self, x: Array, *, soft_cap: float | None = None) -> Array:
         """Scores of every token for x (b t d): (b t vocab), accumulated and returned in float32;

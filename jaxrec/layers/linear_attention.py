@@ -33,7 +33,7 @@ from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mamba import log_uniform_step_bias
 from jaxrec.layers.norm import RMSNorm
 from jaxrec.layers.scan import matrix_scan_over_time
-from jaxrec.ops import rotary, segments
+from jaxrec.ops import notes, rotary, segments
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.time.matrix_scan import Rule
 
@@ -227,7 +227,9 @@ class LinearAttention(nnx.Module):
             beta = None
             if self.write is not None:
                 q, k = _of_length_one(q), _of_length_one(k)
-                beta = self.beta_scale * jax.nn.sigmoid(self.write(x).astype(jnp.float32))
+                opened = jax.nn.sigmoid(self.write(x).astype(jnp.float32))
+                notes.note("gate", opened)
+                beta = self.beta_scale * opened
             y, hidden = matrix_scan_over_time(
                 q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype),
                 k,

@@ -20,6 +20,7 @@ from jax.nn.initializers import Initializer, constant, zeros
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.scan import mlstm_over_time
+from jaxrec.ops import notes
 from jaxrec.ops.time import MLSTMState
 
 
@@ -116,7 +117,9 @@ class MLSTM(nnx.Module):
                 eps=self.epsilon,
             )
             y = self.norm(y.reshape(*y.shape[:2], -1))
-            return self.out(jax.nn.sigmoid(self.output_gate(x)) * y), state
+            gate = jax.nn.sigmoid(self.output_gate(x))
+            notes.note("gate", gate)
+            return self.out(gate * y), state
 
     def _capped(self, gate: Array) -> Array:
         gate = gate.astype(jnp.float32)

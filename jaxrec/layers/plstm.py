@@ -39,6 +39,7 @@ from jaxrec.layers.plstm_gates import (
     TransitionLayerConfig,
     small_init,
 )
+from jaxrec.ops import notes
 from jaxrec.ops.conv import causal_conv, causal_conv_2d
 from jaxrec.ops.time import GridGates, grid_scan, mark_scan
 
@@ -288,6 +289,8 @@ class PLSTM(nnx.Module):
             y, memory = mark_scan(
                 q, k, v, *gates, state.memory, reset=reset, chunk=self.config.chunk
             )
+            notes.note("decay", lambda: jnp.linalg.norm(gates[1], ord=2, axis=(-2, -1)))
+            notes.note("memory", memory)
             if self.config.gradient_chunk is not None:
                 y = self._with_gradient_inside_chunks(y, reset, q, k, v, *gates)
             y = self.shared.finished(self.shared.normed(y, x.dtype), of("P"))

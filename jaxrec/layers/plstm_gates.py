@@ -129,10 +129,11 @@ class HeadMap(nnx.Module):
         axes = (None,) * len(sizes)
         self.bias = nnx.Param(jnp.broadcast_to(bias, (heads, *sizes)), axes=("heads", *axes))
         shape = (heads // sub_heads, sub_heads, *sizes, width // sub_heads)
+        # Of heads that read parts, a part is a few channels, too few to be split further.
+        rows = ("heads", None) if sub_heads == 1 else (None, "heads")
+        channels = "embed" if sub_heads == 1 else None
         self.weight = (
-            nnx.Param(
-                weight_init(rngs.params(), shape, jnp.float32), axes=(None, "heads", *axes, "embed")
-            )
+            nnx.Param(weight_init(rngs.params(), shape, jnp.float32), axes=(*rows, *axes, channels))
             if weight
             else None
         )
@@ -280,7 +281,9 @@ class Projection(nnx.Module):
         shape = (max(1, heads // config.sub_heads), keys // each, tracked, config.sub_heads, inputs)
         self.weight = nnx.Param(
             small_init(inputs)(rngs.params(), shape, jnp.float32),
-            axes=("heads", None, None, None, "embed"),
+            axes=("heads", None, None, None, "embed")
+            if config.sub_heads == 1
+            else (None, None, None, "heads", None),  # parts, of which a head makes its channels
         )
         self.bias = (
             nnx.Param(jnp.zeros((heads, keys, tracked)), axes=("heads", None, None))

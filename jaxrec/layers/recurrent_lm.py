@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer
 
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
-from jaxrec.ops import segments
+from jaxrec.ops import notes, segments
 from jaxrec.ops.depth import RematPolicy, remat_scan
 
 
@@ -128,7 +128,9 @@ class RecurrentLM(nnx.Module):
 
         def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
             block, block_state = layer
-            return block(x, block_state, reset=reset)
+            x, block_state = block(x, block_state, reset=reset)
+            notes.note("stream", x)
+            return x, block_state
 
         x = self.embed(tokens)
         with jax.named_scope("blocks"):

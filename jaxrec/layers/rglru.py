@@ -20,6 +20,7 @@ from jax.nn.initializers import Initializer
 
 from jaxrec.layers.linear import BlockLinear, Linear, truncated_normal
 from jaxrec.layers.scan import scan_over_time
+from jaxrec.ops import notes
 from jaxrec.ops.conv import causal_conv
 
 GATE_SHARPNESS = 8.0  # c of the paper
@@ -74,6 +75,8 @@ class RGLRU(nnx.Module):
         with jax.named_scope("rglru"):
             r = jax.nn.sigmoid(self.recurrence_gate(x).astype(jnp.float32))
             i = jax.nn.sigmoid(self.input_gate(x).astype(jnp.float32))
+            notes.note("gate", r)
+            notes.note("gate", i)
             log_a = (
                 -GATE_SHARPNESS
                 * r

@@ -20,6 +20,7 @@ from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.scan import wkv_over_time
+from jaxrec.ops import notes
 from jaxrec.ops.time.scan import delayed
 from jaxrec.ops.time.wkv import WKVState
 
@@ -69,6 +70,7 @@ class TimeMixing(nnx.Module):
             k = self.key(_blended(x, shift, self.mix_key))
             v = self.value(_blended(x, shift, self.mix_value))
             r = jax.nn.sigmoid(self.receptance(_blended(x, shift, self.mix_receptance)))
+            notes.note("gate", r)
             rate = jnp.exp(self.log_rate[...].astype(jnp.float32))
             y, sums = wkv_over_time(k, v, rate, self.bonus[...], state.sums, reset=reset)
             return self.out(r * y), TimeMixingState(last, sums)

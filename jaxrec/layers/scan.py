@@ -10,9 +10,11 @@ from jax import Array
 
 from jaxrec.config import at_least
 from jaxrec.layers.axes import time_axis
+from jaxrec.ops import notes
 from jaxrec.ops.newton import NewtonInfo, newton_scan, slstm_newton_scan, stability
 from jaxrec.ops.newton.checks import Method as NewtonMethod
 from jaxrec.ops.newton.plan import windows
+from jaxrec.ops.newton.stability import row_residuals
 from jaxrec.ops.newton.structure import Kind, Step
 from jaxrec.ops.time import (
     MLSTMState,
@@ -44,9 +46,11 @@ def scan_over_time(
     Left to the compiler, a scan over an axis that is split gathers the whole sequence.
     """
     axis = _axis(b.shape[1])
-    if axis is None:
-        return linear_scan(a, b, h0, reverse=reverse, reset=reset)
-    return sharded_linear_scan(a, b, h0, axis=axis, reverse=reverse, reset=reset)
+    scan = linear_scan if axis is None else functools.partial(sharded_linear_scan, axis=axis)
+    h, last = scan(a, b, h0, reverse=reverse, reset=reset)
+    notes.note("decay", a)
+    notes.note("memory", last)
+    return h, last
 
 
 def selective_scan_over_time(
@@ -61,9 +65,11 @@ def selective_scan_over_time(
 ) -> tuple[Array, Array]:
     """`selective_scan`, by `sharded_selective_scan` where the mesh splits time into equal parts."""
     axis = _axis(x.shape[1])
-    if axis is None:
-        return selective_scan(x, dt, a, b, c, state, reset=reset)
-    return sharded_selective_scan(x, dt, a, b, c, state, axis=axis, reset=reset)
+    scan = selective_scan if axis is None else functools.partial(sharded_selective_scan, axis=axis)
+    y, last = scan(x, dt, a, b, c, state, reset=reset)
+    notes.note("decay", lambda: jnp.exp(dt[..., None] * a[None, None]))
+    notes.note("memory", last)
+    return y, last
 
 
 def wkv_over_time(
@@ -76,7 +82,9 @@ def wkv_over_time(
     reset: Array | None = None,
 ) -> tuple[Array, WKVState]:
     """`wkv`, over the devices among which the mesh splits time into equal parts."""
-    return wkv(k, v, rate, bonus, state, reset=reset, axis=_axis(k.shape[1]))
+    y, last = wkv(k, v, rate, bonus, state, reset=reset, axis=_axis(k.shape[1]))
+    notes.note("decay", lambda: jnp.exp(-rate))
+    return y, last
 
 
 def matrix_scan_over_time(
@@ -95,7 +103,7 @@ def matrix_scan_over_time(
     """`matrix_scan`, by `sharded_matrix_scan` where the mesh splits time into equal parts."""
     axis = _axis(q.shape[1])
     scan = matrix_scan if axis is None else functools.partial(sharded_matrix_scan, axis=axis)
-    return scan(
+    y, last = scan(
         q,
         k,
         v,
@@ -107,6 +115,10 @@ def matrix_scan_over_time(
         reset=reset,
         chunk=chunk,
     )
+    if log_decay is not None:
+        notes.note("decay", functools.partial(jnp.exp, log_decay))
+    notes.note("memory", last)
+    return y, last
 
 
 def mlstm_over_time(
@@ -123,6 +135,7 @@ def mlstm_over_time(
 ) -> tuple[Array, MLSTMState]:
     """`mlstm_scan`, over the devices among which the mesh splits time into equal parts."""
     axis = _axis(q.shape[1])
+    notes.note("decay", lambda: jnp.exp(log_forget))
     return mlstm_scan(
         q, k, v, input_gate, log_forget, state, reset=reset, chunk=chunk, eps=eps, axis=axis
     )
@@ -156,6 +169,7 @@ def newton_over_time(
     jacobian: Kind | Step | None,
     reset: Array | None = None,
     solver: Solver,
+    safeguard: bool = True,
 ) -> tuple[Array, NewtonInfo]:
     """`newton_scan` of a cell that is known to have this Jacobian, over the devices among which the
     mesh splits time into equal parts.
@@ -164,9 +178,20 @@ def newton_over_time(
     options = dataclasses.asdict(solver)
     if axis is not None:
         options["window"] = None
-    return newton_scan(
-        step, params, x, h0, jacobian=jacobian, reset=reset, check=False, axis=axis, **options
+    h, info = newton_scan(
+        step,
+        params,
+        x,
+        h0,
+        jacobian=jacobian,
+        reset=reset,
+        safeguard=safeguard,
+        check=False,
+        axis=axis,
+        **options,
     )
+    notes.note("memory", h[:, -1])
+    return h, info
 
 
 def slstm_over_time(
@@ -205,9 +230,11 @@ def newton_measures(
 
     Returns:
       Scalars: newton_iterations, of the window that takes most; newton_residual, the largest that
-      is left, relative; newton_fallback_share, of windows that do not settle and are run one step
-      after another; max_jacobian, the largest |dh_t / dh_{t-1}|; lyapunov, see
-      `ops.newton.stability`.
+      is left, relative; newton_residual_median and newton_residual_p90, over the rows of the batch,
+      of the largest residual that a row has where no window is run step by step;
+      newton_unsettled_share, of rows in which that is too large; newton_fallback_share, of
+      windows that do not settle and are run one step after another; max_jacobian, the largest
+      |dh_t / dh_{t-1}|; lyapunov, see `ops.newton.stability`.
     """
     if solver.method in ("auto", "sequential"):
         solver = dataclasses.replace(solver, method="newton")
@@ -215,9 +242,20 @@ def newton_measures(
     time = h.shape[1]
     count = 1 if _axis(time) is not None else windows(time, solver.window)
     found = stability(step, params, x, h0, h, jacobian=jacobian, reset=reset)
+
+    def unaided() -> Array:
+        options: dict[str, Any] = {"jacobian": jacobian, "reset": reset, "solver": solver}
+        return newton_over_time(step, params, x, h0, safeguard=False, **options)[0]
+
+    iterated = jax.lax.cond(info.converged, lambda: h, notes.silently(unaided))
+    residual = row_residuals(step, params, x, h0, iterated, reset=reset)
+    limit = 4 * float(jnp.finfo(residual.dtype).eps) if solver.tol is None else solver.tol
     return {
         "newton_iterations": info.iterations,
         "newton_residual": info.residual,
+        "newton_residual_median": jnp.quantile(residual, 0.5, method="higher"),
+        "newton_residual_p90": jnp.quantile(residual, 0.9, method="higher"),
+        "newton_unsettled_share": jnp.mean((residual > limit).astype(jnp.float32)),
         "newton_fallback_share": info.fallbacks.astype(jnp.float32) / count,
         "max_jacobian": found.largest,
         "lyapunov": found.exponent,

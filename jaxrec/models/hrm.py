@@ -9,15 +9,18 @@ where the gradient passes through the last call of each stack only. Segments fol
 the same puzzle, with states that carry no gradient from one to the next, until q_halt is the larger
 one: deep supervision, and halting learned as Q-learning. What is carried is a value, `Carry`.
 
-Wang et al., Hierarchical reasoning model (2025), arXiv:2506.21734, section 2.
+Wang et al., Hierarchical reasoning model (2025), arXiv:2506.21734, section 2. With `low_backprop`
+= `low_cycles` the gradient passes through all calls of the last cycle, as in Jolicoeur-Martineau,
+Less is more: recursive reasoning with tiny networks (2025), arXiv:2510.04871, section 4.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -28,9 +31,10 @@ from jaxrec.layers.embedding import Embedding
 from jaxrec.layers.linear import Linear, normal_cut_at_two
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
-from jaxrec.ops import attention, rotary
+from jaxrec.ops import attention, notes, rotary
 from jaxrec.ops.depth import RematPolicy, iterate, remat_scan
 
+A = TypeVar("A", Array, np.ndarray)
 Positions = Literal["rotary", "learned"]
 Normaliser = Literal["stablemax", "softmax"]
 MLP_MULTIPLE = 256
@@ -98,12 +102,12 @@ class Latent(NamedTuple):
     low: Array
 
 
-class Rows(NamedTuple):
-    """Puzzles."""
+class Rows(NamedTuple, Generic[A]):
+    """Puzzles with their answers; in NumPy until they are on a device."""
 
-    tokens: Array  # int32 (b s)
-    labels: Array  # int32 (b s); IGNORED where nothing is asked
-    puzzle: Array  # int32 (b): which vector is theirs
+    tokens: A  # int32 (b s)
+    labels: A  # int32 (b s); IGNORED where nothing is asked
+    puzzle: A  # int32 (b): which vector is theirs
 
 
 class Carry(NamedTuple):
@@ -112,7 +116,7 @@ class Carry(NamedTuple):
     latent: Latent
     steps: Array  # int32 (b): segments that the row has had
     halted: Array  # bool (b): the next segment begins with another puzzle
-    rows: Rows
+    rows: Rows[Array]
 
 
 class Fixed(nnx.Variable):
@@ -203,7 +207,7 @@ class HRM(nnx.Module):
 
         return Latent(spread(self.high_start), spread(self.low_start))
 
-    def init_carry(self, rows: Rows) -> Carry:
+    def init_carry(self, rows: Rows[Array]) -> Carry:
         """A carry whose rows have all halted, so that the first segment begins with new ones."""
         batch = rows.tokens.shape[0]
         return Carry(
@@ -259,7 +263,9 @@ class HRM(nnx.Module):
                 grad_steps=config.low_backprop,
             )
             with jax.named_scope("high"):
-                return Latent(level(self.high, z.high, low), low)
+                high = level(self.high, z.high, low)
+            notes.note("loop", (z.high, high))
+            return Latent(high, low)
 
         start = jax.lax.stop_gradient(latent)
         latent, _ = iterate(slow, start, config.high_cycles, grad_steps=config.high_backprop)
@@ -302,6 +308,8 @@ SUDOKU_4X4 = HRMConfig(
     high_layers=2,
     low_layers=2,
     max_segments=4,
-    puzzles=1,
+    normaliser="softmax",
 )
-"""Sudoku of 4 x 4, for two CPU cores."""
+"""Sudoku of 4 x 4, for two CPU cores; its loss is by softmax, not by the published stablemax."""
+MAZE_8X8 = dataclasses.replace(SUDOKU_4X4, length=64)
+"""Mazes of 8 x 8, for two CPU cores."""

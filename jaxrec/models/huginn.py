@@ -19,17 +19,19 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least
+from jaxrec.config import above, at_least
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
+from jaxrec.layers.gathered import with_whole_weights
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
-from jaxrec.ops import attention, rotary
+from jaxrec.ops import attention, notes, rotary
 from jaxrec.ops.depth import IterateInfo, RematPolicy, cache, iterate, remat_scan
 from jaxrec.ops.depth.cache import DepthCache, Extend
 from jaxrec.ops.depth.noise import LatentNoise
+from jaxrec.ops.depth.remat import last_of
 
 DEPTH_SIGMA = 0.5  # of the log-normal rate from which the number of loops is drawn
 
@@ -56,6 +58,7 @@ class HuginnConfig:
     latent_scale: float = 1.0  # multiplies the deviation of the initial latent state
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "width", "heads")
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(
                 f"HuginnConfig: width must be a multiple of heads with an even quotient,"
@@ -63,7 +66,8 @@ class HuginnConfig:
             )
         at_least(self, 1, "vocab_size", "mlp_width", "core_layers", "context")
         at_least(self, 1, "mean_depth", "backprop_depth")
-        at_least(self, 0, "prelude_layers", "coda_layers")
+        at_least(self, 0, "prelude_layers", "coda_layers", "norm_epsilon", "latent_scale")
+        above(self, 0, "rotary_base")
 
     @property
     def weight_std(self) -> float:
@@ -300,14 +304,29 @@ class Huginn(nnx.Module):
           noise_keys: (b t) PRNG keys of each token, the same in all loops.
           remat: what the gradient stores, see `ops.depth.remat_scan`.
         """
-        latent = z.state
         if noise is not None:
-            latent = self._disturb(latent, z.loop, noise, noise_keys)
-        x = self.adapter_latent(latent) + injected
+            z = z._replace(state=self._disturb(z.state, z.loop, noise, noise_keys))
+        weights = (self.core, self.adapter_latent)
+        return self._loop_by(weights, z, injected, view, remat, keep)
+
+    def _loop_by(
+        self,
+        weights: tuple[SandwichBlock | None, Linear],
+        z: Latent,
+        injected: Array,
+        view: attention.View,
+        remat: RematPolicy,
+        keep: Array | None = None,
+    ) -> Latent:
+        """Runs a core with an adapter once."""
+        core, adapter = weights
+        x = adapter(z.state) + injected
         extend = None if z.cache is None else cache.core_extend(z.cache, keep)
         execution = z.loop * self.config.core_layers
-        x, state = self._run(self.core, x, view, z.cache, execution, remat, extend)
-        return Latent(x.astype(jnp.float32), state, z.loop + 1)
+        x, state = self._run(core, x, view, z.cache, execution, remat, extend)
+        after = x.astype(jnp.float32)
+        notes.note("loop", (z.state, after))
+        return Latent(after, state, z.loop + 1)
 
     def _disturb(self, latent: Array, loop: Array, noise: LatentNoise, keys: Array | None) -> Array:
         """The latent state (b t d) with noise, normed as the core's last block norms its sum."""
@@ -318,8 +337,7 @@ class Huginn(nnx.Module):
             key = jax.random.fold_in(key, loop)
             return noise.mix(latent, loop, key, deviation, self.config.mean_depth)
 
-        last = jax.tree.map(lambda x: x[-1], self.core)
-        return last.mlp_out_norm(jax.vmap(jax.vmap(mix))(latent, keys))
+        return last_of(self.core).mlp_out_norm(jax.vmap(jax.vmap(mix))(latent, keys))
 
     def refine(
         self,
@@ -336,19 +354,36 @@ class Huginn(nnx.Module):
         # One recomputation is enough: "sqrt" is left to the loop over the blocks, the rest to them.
         per_block: RematPolicy = "none" if remat == "sqrt" else remat
         per_loop: RematPolicy = "sqrt" if remat == "sqrt" else "none"
-        with jax.named_scope("core"):
-            injected = self.inject(embedded)
-            if grad_steps is None and state is None:
-                grad_steps = self.config.backprop_depth
+        if grad_steps is None and state is None:
+            grad_steps = self.config.backprop_depth
+        is_fixed = isinstance(depth, int)
+
+        def run(weights: Any, rows: Any, shared: Any) -> tuple[Array, Any]:
+            (first, injected, positions, mask), (place, traced) = rows, shared
+            seen = attention.View(positions, mask, place)
             end, info = iterate(
-                lambda z: self.loop(z, injected, view, remat=per_block),
-                Latent(latent, state, jnp.zeros((), jnp.int32)),
-                depth,
+                lambda z: self._loop_by(weights, z, injected, seen, per_block),
+                Latent(first, state, jnp.zeros((), jnp.int32)),
+                depth if is_fixed else traced,
                 grad_steps=grad_steps,
                 remat=per_loop,
             )
-        state = end.cache if end.cache is None else cache.set_loops(end.cache, view, end.loop)
-        return end.state, state, info
+            return end.state, (end.cache, end.loop, info)
+
+        with jax.named_scope("core"):
+            weights = (self.core, self.adapter_latent)
+            rows = (latent, self.inject(embedded), view.positions, view.mask)
+            shared = (view.start, None if is_fixed else depth)
+            if state is not None:  # of writing, where nothing is trained
+                latent, (kept, loop, info) = run(weights, rows, shared)
+            else:
+                # Without remat over the loops, each that the gradient passes through stores what it
+                # reads: as many copies of whole weights.
+                latent, (kept, loop, info) = with_whole_weights(
+                    run, weights, rows, shared, leave_parts=per_loop == "none"
+                )
+        state = kept if kept is None else cache.set_loops(kept, view, loop)
+        return latent, state, info
 
     def predict(
         self,
@@ -436,4 +471,5 @@ HUGINN_3_5B = HuginnConfig(
     mean_depth=32,
     backprop_depth=8,
 )
-"""The published nebel-raven-3.5b: 3,509,051,040 parameters."""
+"""The published nebel-raven-3.5b: 3,564,976,800 parameters, of which the published number,
+3,509,051,040, leaves out those of the adapter and of the blocks' norms."""

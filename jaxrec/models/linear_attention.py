@@ -18,7 +18,7 @@ from typing import get_args
 
 from flax import nnx
 
-from jaxrec.config import at_least, one_of
+from jaxrec.config import above, at_least, one_of
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.layers.linear_attention import Gate, LinearAttention
 from jaxrec.layers.mlp import GatedMLP
@@ -54,6 +54,8 @@ class LinearAttentionConfig(Unlooped):
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "heads", "key_width", "value_width", "mlp_width")
         at_least(self, 1, "layers", "gate_rank", "context", "chunk")
+        at_least(self, 0, "norm_epsilon")
+        above(self, 0, "rotary_base")
         one_of(self, "rule", get_args(Rule))
         one_of(self, "gate", get_args(Gate))
         if self.conv_width is not None:

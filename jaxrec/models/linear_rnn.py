@@ -11,7 +11,7 @@ import functools
 import jax
 from flax import nnx
 
-from jaxrec.config import at_least, multiple_of
+from jaxrec.config import above, at_least, multiple_of
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.norm import RMSNorm
@@ -38,6 +38,8 @@ class LinearRNNConfig(Unlooped):
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "mlp_width", "layers", "context")
         at_least(self, 2, "conv_width")
+        at_least(self, 0, "norm_epsilon")
+        above(self, 0, "logits_soft_cap")
         multiple_of(self, "heads", "recurrent_width")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:

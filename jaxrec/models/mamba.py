@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrec.config import at_least, one_of
+from jaxrec.config import above, at_least, one_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.linear import uniform
 from jaxrec.layers.mamba import Mamba, log_uniform_step_bias
@@ -52,6 +52,8 @@ class MambaConfig(Unlooped):
         at_least(self, 1, "vocab_size", "width", "layers", "inner_width", "step_rank")
         at_least(self, 1, "state_size", "context")
         at_least(self, 2, "conv_width")
+        at_least(self, 0, "norm_epsilon", "init_std", "step_floor")
+        above(self, 0, "step_scale")
         if not 0 < self.step_min <= self.step_max:
             raise ValueError(
                 f"MambaConfig: needs 0 < step_min <= step_max, got {self.step_min} and"

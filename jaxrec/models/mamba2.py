@@ -50,6 +50,7 @@ class Mamba2Config(Unlooped):
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "layers", "head_width", "state_size", "context")
         at_least(self, 2, "conv_width")
+        at_least(self, 0, "norm_epsilon", "init_std", "step_floor")
         multiple_of(self, "groups", "heads")
         if not 0 < self.step_min <= self.step_max:
             raise ValueError(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least, multiple_of, one_of
+from jaxrec.config import above, at_least, multiple_of, one_of
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mlp import GatedMLP
@@ -52,10 +52,8 @@ class ParaRNNLMConfig(Unlooped):
         at_least(self, 2, "conv_width")
         multiple_of(self, "heads", "width")
         one_of(self, "cell", ("gru", "lstm"))
-        if self.recurrent_limit is not None and not self.recurrent_limit > 0:
-            raise ValueError(
-                f"ParaRNNLMConfig: recurrent_limit must be > 0, got {self.recurrent_limit}."
-            )
+        at_least(self, 0, "norm_epsilon")
+        above(self, 0, "recurrent_limit")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:
         """A freshly initialised model."""

@@ -11,7 +11,7 @@ import dataclasses
 
 from flax import nnx
 
-from jaxrec.config import at_least
+from jaxrec.config import above, at_least
 from jaxrec.layers.plstm import PLSTMConfig
 from jaxrec.layers.plstm_block import NormConfig, SequenceBlockConfig
 from jaxrec.layers.plstm_gates import GateConfig, ProjectionConfig, small_init
@@ -33,10 +33,7 @@ class PLSTMLMConfig(Unlooped):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "layers", "context")
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(
-                f"PLSTMLMConfig: logits_soft_cap must be > 0, got {self.logits_soft_cap}."
-            )
+        above(self, 0, "logits_soft_cap")
 
     @property
     def width(self) -> int:

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least, multiple_of
+from jaxrec.config import above, at_least, multiple_of
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
@@ -29,7 +29,7 @@ from jaxrec.layers.norm import RMSNorm
 from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.recurrent_lm import Unlooped
 from jaxrec.layers.residual import ResidualBlock
-from jaxrec.ops import attention, segments
+from jaxrec.ops import attention, notes, segments
 from jaxrec.ops.depth import RematPolicy
 
 Mixer = Literal["conv", "linear", "attention"]
@@ -57,6 +57,8 @@ class PrefixLMConfig(Unlooped):
         at_least(self, 1, "vocab_size", "width", "mlp_width", "feature_width", "window")
         at_least(self, 1, "conv_expand", "context")
         at_least(self, 2, "conv_width")
+        at_least(self, 0, "norm_epsilon")
+        above(self, 0, "rotary_base")
         multiple_of(self, "heads", "width")
         if not self.mixers or not set(self.mixers) <= set(get_args(Mixer)):
             raise ValueError(
@@ -220,6 +222,7 @@ class PrefixLM(nnx.Module):
             else:
                 x, new = run(block, x, before.pop(0))
                 after.append(new)
+            notes.note("stream", x)
         with jax.named_scope("head"):
             logits = self.embedding.logits(self.norm(x))
         if state is None or cache is None:

@@ -15,6 +15,11 @@ class LanguageModel(Protocol):
     A model that has something to say of itself beside its loss, such as how many iterations a
     solver takes, has a method `measure(tokens, *, segment_ids) -> {name: scalar}`. Training calls
     it on one batch at every evaluation and logs what it gives.
+
+    A model that is trained in another way than it is used, with dropout or at a price for what it
+    does, has a method `train_call(tokens, *, key, segment_ids, remat, ...) -> (logits, penalty)`:
+    penalty, (b t) float32 or None, is added to the loss of every token that counts. The loss that
+    training logs is their sum; evaluation calls the model and has no penalty.
     """
 
     config: Any
@@ -80,6 +85,18 @@ def loop_inputs(
     Empty for a model without a loop, which then can be called in the same way.
     """
     return {} if config.mean_depth is None else {"depth": depth, "key": key}
+
+
+def training_call(
+    model: Any, tokens: Array, key: Array, options: dict[str, Any]
+) -> tuple[Array, Array | None]:
+    """Logits (b t vocab) as training wants them, and what each token adds to the loss, (b t) or
+    None, see `LanguageModel`; the key is for models with a `train_call`, options are those of a
+    call.
+    """
+    if hasattr(model, "train_call"):
+        return model.train_call(tokens, **options | {"key": key})
+    return model(tokens, **options)[0], None
 
 
 def prefix_inputs(config: LanguageModelConfig, prompt: Array) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least, multiple_of
+from jaxrec.config import above, at_least, multiple_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.attention import Attention
 from jaxrec.layers.axes import constrain
@@ -31,7 +31,7 @@ from jaxrec.layers.norm import RMSNorm
 from jaxrec.layers.recurrent_lm import Unlooped
 from jaxrec.layers.residual import ResidualBlock
 from jaxrec.layers.rglru import RecurrentBlock, RecurrentState
-from jaxrec.ops import attention, rotary, segments
+from jaxrec.ops import attention, notes, rotary, segments
 from jaxrec.ops.depth import RematPolicy, remat_scan
 
 Mixer = Literal["recurrent", "attention"]
@@ -63,6 +63,8 @@ class RecurrentGemmaConfig(Unlooped):
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "mlp_width", "layers", "window", "context")
         at_least(self, 2, "conv_width")
+        at_least(self, 0, "norm_epsilon", "rotary_fraction")
+        above(self, 0, "rotary_base", "logits_soft_cap")
         multiple_of(self, "heads", "width", "recurrent_width")
         multiple_of(self, "kv_heads", "heads")
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
@@ -208,6 +210,7 @@ class Group(nnx.Module):
                 options = {"view": stretch.view, "angles": stretch.angles}
                 x, cache = block(x, cache, slot=slot, **options)
                 slot = slot + 1
+            notes.note("stream", x)
         if after:
             states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
         return x, states, cache, slot

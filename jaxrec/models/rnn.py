@@ -42,6 +42,7 @@ class RNNConfig(Unlooped):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "layers", "mlp_width", "context")
+        at_least(self, 0, "norm_epsilon")
         one_of(self, "cell", (*GATES, "slstm"))
         multiple_of(self, "heads", "width")
         if self.heads > 1 and self.cell != "slstm":

@@ -38,6 +38,7 @@ class RWKVConfig(Unlooped):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "layers", "inner_width", "mlp_width", "context")
+        at_least(self, 0, "norm_epsilon")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:
         """A freshly initialised model."""

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from jaxrec.config import at_least, multiple_of, one_of
+from jaxrec.config import above, at_least, multiple_of, one_of
 from jaxrec.layers.mlp import GatedMLP
 from jaxrec.layers.mlstm import MLSTM
 from jaxrec.layers.norm import RMSNorm
@@ -46,9 +46,8 @@ class XLSTMConfig(Unlooped):
         at_least(self, 1, "vocab_size", "width", "layers", "mlp_width", "chunk", "context")
         multiple_of(self, "heads", "key_width", "value_width")
         one_of(self, "weight_mode", ("single", "fused"))
-        for cap in ("gate_soft_cap", "logits_soft_cap"):
-            if getattr(self, cap) is not None and not getattr(self, cap) > 0:
-                raise ValueError(f"XLSTMConfig: {cap} must be > 0, got {getattr(self, cap)}.")
+        at_least(self, 0, "norm_epsilon", "epsilon")
+        above(self, 0, "gate_soft_cap", "logits_soft_cap")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:
         """A freshly initialised model."""

@@ -234,6 +234,7 @@ def attend(
     view: View | None,
     *,
     window: int | None = None,
+    causal: bool = True,
     method: Method = "auto",
 ) -> Array:
     """Softmax attention with scale 1/sqrt(k); scores and softmax in float32.
@@ -244,6 +245,8 @@ def attend(
       v: values (b s g k).
       view: which sources a query sees; a query that sees none returns the mean of all values. None:
         every query sees every source.
+      causal: the view, or its mask, hides what is later; False: nothing but its mask is hidden,
+        such as padding of sources that are not the queries' own sequence.
       window: that of the view; "blocked" leaves out keys that are out of it for a whole block.
       method: "blocked" leaves out keys that all queries of a block precede, in a fixed number of
         blocks; "library" is `jax.nn.dot_product_attention`, which has fused kernels on
@@ -262,33 +265,37 @@ def attend(
         )
     if method not in get_args(Method):
         raise ValueError(f"attend: method must be one of {get_args(Method)}, got {method!r}.")
-    blocked = functools.partial(_blocked, window=window)
+    blocked = functools.partial(_blocked, window=window, causal=causal)
+    library = functools.partial(_library, causal=causal)
     if method == "auto":
-        return lax.platform_dependent(q, k, v, view, cpu=blocked, default=_library)
-    return (blocked if method == "blocked" else _library)(q, k, v, view)
+        return lax.platform_dependent(q, k, v, view, cpu=blocked, default=library)
+    return (blocked if method == "blocked" else library)(q, k, v, view)
 
 
-def _library(q: Array, k: Array, v: Array, view: View | None) -> Array:
+def _library(q: Array, k: Array, v: Array, view: View | None, *, causal: bool) -> Array:
     mask = None if view is None or view.mask is None else view.mask[:, None]
-    causal = view is not None and mask is None
+    causal = causal and view is not None and mask is None
     # JAX widens bfloat16 scores by implicit promotion, which strict mode would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
 
 
-def _blocked(q: Array, k: Array, v: Array, view: View | None, *, window: int | None) -> Array:
+def _blocked(
+    q: Array, k: Array, v: Array, view: View | None, *, window: int | None, causal: bool
+) -> Array:
     batch, time, heads, width = q.shape
     source, groups = k.shape[1], k.shape[2]
+    causal = causal and view is not None
     mask = None if view is None else view.mask
     if mask is None:
         mask = jnp.ones((time, source), jnp.bool_)[None]
-        mask = mask if view is None else jnp.tril(mask)
+        mask = jnp.tril(mask) if causal else mask
     bias = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
     # Heads before time, so that each product is a plain matrix product per head.
     q = q.reshape(batch, time, groups, heads // groups, width)
     q, k, v = jnp.transpose(q, (0, 2, 3, 1, 4)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     # Only where nothing was cached before (t = s) do positions in q and k agree.
-    halved = view is not None and time == source and time >= 16 * BLOCKS
+    halved = causal and time == source and time >= 16 * BLOCKS
     blocks = BLOCKS if halved else 1
     ends = [time * (i + 1) // blocks for i in range(blocks)]
     parts = []

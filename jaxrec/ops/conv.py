@@ -1,5 +1,5 @@
-"""Short causal depthwise convolution in time, y_t = sum_j w_j x_{t-j} + bias, with resets and a
-carried window.
+"""Short depthwise convolutions: causal in time, y_t = sum_j w_j x_{t-j} + bias, with resets and a
+carried window; centred in time; causal on a grid.
 """
 
 import jax
@@ -66,6 +66,31 @@ def causal_conv(
         lags = jnp.arange(width - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((since[:, -1:] >= lags[None])[..., None], window, 0)
     return y.astype(x.dtype), window
+
+
+def centred_conv(x: Array, kernel: Array, bias: Array) -> Array:
+    """Convolves each channel over as many steps before the present one as behind it.
+
+        y_t = sum_j w_j x_{t+j} + bias,  |j| <= (w - 1) / 2,    zero outside the sequence
+
+    Args:
+      x: input (b t e).
+      kernel: (w e), w odd; the first row weighs the earliest input.
+      bias: (e).
+
+    Returns:
+      y (b t e) in x's dtype.
+
+    Raises:
+      ValueError: w is even, or the shapes do not fit.
+    """
+    width = kernel.shape[0]
+    if width % 2 == 0:
+        raise ValueError(f"centred_conv: the kernel must have an odd number of taps, got {width}.")
+    half = width // 2
+    behind = jnp.pad(x, [(0, 0), (0, half), (0, 0)])
+    before = jnp.zeros((x.shape[0], width - 1, x.shape[2]))
+    return causal_conv(behind, kernel, bias, before)[0][:, half:]
 
 
 def causal_conv_2d(x: Array, kernel: Array, bias: Array) -> Array:

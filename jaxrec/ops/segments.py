@@ -31,7 +31,7 @@ def check_batch(previous: Array, batch: int) -> None:
 
 def continued(previous: Array, time: int) -> Array:
     """Segment ids int32 (b t) of tokens that go on with the segment `previous` (b), or begin
-    segment 1 after nothing.
+    segment 1 after nothing or padding, which is segment 0.
     """
     return jnp.broadcast_to(jnp.maximum(previous, 1)[:, None], (previous.shape[0], time))
 

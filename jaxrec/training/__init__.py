@@ -3,11 +3,31 @@
 import importlib
 from typing import Any
 
-from jaxrec.training.config import DataConfig, OptimizerConfig, TrainConfig
+from jaxrec.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    PuzzleConfig,
+    PuzzleDataConfig,
+    TrainConfig,
+)
 
-_LATER = {"train": "loop", "evaluate_run": "evaluation", "load_model": "runs", "read_run": "runs"}
+_LATER = {
+    "train": "loop",
+    "train_puzzles": "puzzles",
+    "evaluate_run": "evaluation",
+    "evaluate_puzzles_run": "puzzles",
+    "load_model": "runs",
+    "read_run": "runs",
+}
 
-__all__ = ["DataConfig", "OptimizerConfig", "TrainConfig", *_LATER]
+__all__ = [
+    "DataConfig",
+    "OptimizerConfig",
+    "PuzzleConfig",
+    "PuzzleDataConfig",
+    "TrainConfig",
+    *_LATER,
+]
 
 
 def __getattr__(name: str) -> Any:

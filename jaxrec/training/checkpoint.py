@@ -5,27 +5,42 @@
                                           and fingerprint of every array
 
 Restoring gives back the saved bits, on any mesh, or one line that names the folder and what to do.
+A run that goes on takes the newest checkpoint that is whole; what is damaged it moves beside the
+others, to <directory>-damaged, and never deletes.
 """
 
 import contextlib
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxrec.errors import UserError
-from jaxrec.training import manifest
+from jaxrec.training import hosts, manifest
 from jaxrec.training.manifest import LAYOUT
 from jaxrec.training.storage_errors import Damage, hushed, is_not_from_orbax, reason_of
 
 Tree = Any
 T = TypeVar("T")
+
+
+class DamagedCheckpoint(UserError):
+    """What was read is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """What a run goes on with."""
+
+    step: int
+    state: Tree
+    damaged: tuple[str, ...]  # a line for each newer checkpoint that could not be used
 
 
 class Checkpoints:
@@ -140,6 +155,39 @@ class Checkpoints:
             self._compare(step, item, note["leaves"].get(item, {}), wanted.get(item, {}))
         return manifest.join(self._load(step, wanted, note), abstract)
 
+    def restore_newest(self, abstract: Tree) -> Restored | None:
+        """Returns the newest state that is whole, None if nothing was ever saved.
+
+        The damaged ones that are newer leave the directory, so that their steps can be saved again;
+        when none is whole, all stay where they are.
+
+        Args:
+          abstract: as of `restore`.
+
+        Raises:
+          DamagedCheckpoint: every checkpoint is damaged; what is said is of the newest.
+          UserError: as of `restore`, for any other reason.
+        """
+        failures: list[tuple[int, DamagedCheckpoint]] = []
+        for step in reversed(self.steps()):
+            state, failure = None, None
+            try:
+                state = self.restore(step, abstract)
+            except DamagedCheckpoint as error:
+                failure = error
+            if hosts.any_true(failure is not None):
+                folder = self._folder(step)
+                elsewhere = DamagedCheckpoint(
+                    f"Checkpoint {folder} is damaged: another host says so."
+                )
+                failures.append((step, failure or elsewhere))
+                continue
+            moved = tuple(self._move_away(bad, error, step) for bad, error in failures)
+            return Restored(step, state, moved)
+        if failures:
+            raise failures[0][1]
+        return None
+
     def restore_params(self, step: int, abstract: Tree, *, average: bool = False) -> Tree:
         """Returns the parameters only, without reading the optimizer state.
 
@@ -191,6 +239,22 @@ class Checkpoints:
                 " Choose another place."
             ) from error
 
+    def _move_away(self, step: int, error: DamagedCheckpoint, good: int) -> str:
+        """Takes a damaged checkpoint out of the directory; returns a line about it."""
+        place = self.directory.with_name(self.directory.name + "-damaged")
+
+        def move() -> Path:
+            place.mkdir(exist_ok=True)
+            names = (str(step), *(f"{step}-{again}" for again in range(2, 1000)))
+            target = next(place / name for name in names if not (place / name).exists())
+            os.replace(self._folder(step), target)
+            return target
+
+        target = hosts.first_does(move) or place
+        self._manager.reload()
+        reason = str(error).partition(" Remove that folder")[0]
+        return f"{reason} Going on from step {good}; the damaged folder is now {target}."
+
     def _write(self, step: int, action: Callable[[], None]) -> None:
         """Runs an action; if it fails, leaves a manager that can save again and says so."""
         try:
@@ -224,7 +288,7 @@ class Checkpoints:
         advice = "and start again: there is no older checkpoint"
         if older:
             advice = f"to go on from step {older[-1]}"
-        raise UserError(
+        raise DamagedCheckpoint(
             f"Checkpoint {self._folder(step)} is damaged: {reason}. Remove that folder {advice}."
         )
 

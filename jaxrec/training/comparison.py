@@ -1,6 +1,9 @@
 """Language models side by side: the same data and settings, equal time of training."""
 
+import argparse
 import dataclasses
+import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +13,53 @@ import jax
 import numpy as np
 
 from jaxrec.models.protocol import LanguageModelConfig
-from jaxrec.training.config import TrainConfig
+from jaxrec.training.config import OptimizerConfig, TrainConfig
 from jaxrec.training.loop import train
 from jaxrec.training.metrics import read
+from jaxrec.training.runs import versions
 
 WARM = 5
 """So many of the first steps are not timed."""
+CONFIG = TrainConfig(
+    batch=8,
+    time=256,
+    log_every=5,
+    eval_every=0,
+    eval_batches=16,
+    save_every=0,
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05),
+)
+"""Of models of about a million parameters, for minutes on two CPU threads."""
+SMOKE = dataclasses.replace(CONFIG, batch=2, time=32, eval_batches=1)
+
+
+def run_experiment(
+    description: str,
+    folder: Path,
+    models: Mapping[str, LanguageModelConfig],
+    small: Mapping[str, LanguageModelConfig],
+    *,
+    minutes: float,
+) -> str:
+    """The whole of an experiment that compares models for equal time: reads --minutes and --smoke,
+    trains, and leaves results.json and curves.png in its folder; with --smoke the `small` models
+    make two steps each and nothing is written. Returns the results as JSON.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="of training, each model")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models, a few steps, nothing written"
+    )
+    options = parser.parse_args()
+    if options.smoke:
+        results, curves = equal_time(small, SMOKE, 0, stream=sys.stderr)
+    else:
+        results, curves = equal_time(models, CONFIG, options.minutes, stream=sys.stderr)
+    text = json.dumps(results | {"versions": versions()}, indent=2)
+    if not options.smoke:
+        (folder / "results.json").write_text(text + "\n")
+        plot_equal_time(curves, folder / "curves.png")
+    return text
 
 
 def equal_time(

@@ -8,7 +8,7 @@ start.
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxrec.errors import UserError, nearest
 from jaxrec.ops.depth.remat import REMAT_POLICIES, RematPolicy
@@ -16,6 +16,8 @@ from jaxrec.ops.depth.remat import REMAT_POLICIES, RematPolicy
 Optimizer = Literal["adamw", "adam_atan2", "atan2", "lamb"]
 Schedule = Literal["cosine", "trapezoid", "constant"]
 Precision = Literal["float32", "bfloat16"]
+MONITORS = ("depth", "state", "gates", "newton")
+"""What may be watched inside of a model, see `training.monitors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +98,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. A step is one update of the parameters."""
+class CommonConfig:
+    """What every run over a mesh has, whatever it learns."""
 
-    name: str | None = None
-    """Name of the run folder under runs/; None makes one from the model's name."""
-    steps: int = 300
-    """Length of the run in steps, >= 1."""
-    batch: int = 8
-    """Sequences per step over all devices, >= 1."""
-    time: int = 256
-    """Tokens per sequence, >= 1."""
-    accumulate: int = 1
-    """Microbatches per step, >= 1; divides batch. More need less memory and compute the same."""
+    batch: int
+    """Rows per step over all devices, >= 1."""
     seed: int = 0
-    """Seed of the parameters, the data order, and the sampled depth and initial latent state of
-    every step."""
-    remat: RematPolicy = "dots"
-    """What the backward pass computes again: nothing, all but the products with weights (the
-    fastest on CPU), each block, or blocks in groups of about the root of their number."""
+    """Seed of all that is random: parameters, the order of the data, draws of every step; >= 0."""
     precision: Precision = "float32"
     """Precision of activations and matrix products; parameters and optimizer state are always
     float32."""
@@ -123,40 +113,57 @@ class TrainConfig:
     size 1."""
     log_every: int = 10
     """Steps between two lines of metrics, >= 1."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, get_args(Precision))
+        _at_least("batch", self.batch, 1)
+        _at_least("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise UserError(f"seed must be below 2**32; got {self.seed}.")
+        _at_least("log_every", self.log_every, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CommonConfig):
+    """What every run that has a folder of its own has."""
+
+    FIXED: ClassVar[tuple[str, ...]] = ("seed", "batch", "precision")
+    """Fields that a resumed run may not change: its numbers would be another run's."""
+
+    name: str | None = None
+    """Name of the run folder under runs/; None makes one from the model's name."""
+    steps: int = 300
+    """Length of the run in steps, >= 1."""
+    remat: RematPolicy = "none"
+    """What the backward pass computes again: nothing, all but the products with weights (the
+    fastest on CPU for language models), each block, or blocks in groups of about the root of their
+    number."""
     eval_every: int = 100
     """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
-    eval_batches: int = 4
-    """Validation batches per evaluation, >= 1; the one at the end reads four times as many."""
-    eval_depths: tuple[int, ...] | None = None
-    """Loop counts at which a looped model is evaluated, each >= 1; None takes powers of two around
-    its mean depth."""
     save_every: int = 100
     """Steps between two checkpoints, >= 0; 0 saves at the end only."""
     keep: int = 3
     """Checkpoints kept, the newest, >= 1."""
-    sample_every: int = 0
-    """Steps between two printed samples, >= 0; 0 prints one at the end only."""
+    monitors: str = ""
+    """What to watch inside the model, of depth, state, gates and newton, with commas between; it
+    goes to metrics.jsonl and curves.png."""
+    monitor_every: int = 50
+    """Steps between two looks of the monitors, >= 1."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra tensorboard)."""
     wandb: str | None = None
     """Also log to this Weights & Biases project (extra wandb)."""
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("remat", self.remat, REMAT_POLICIES)
-        _one_of("precision", self.precision, get_args(Precision))
-        for name in ("steps", "batch", "time", "accumulate", "log_every", "eval_batches", "keep"):
+        for name in self.monitor_names:
+            _one_of("monitors", name, MONITORS)
+        for name in ("steps", "keep", "monitor_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("seed", "eval_every", "save_every", "sample_every"):
+        for name in ("eval_every", "save_every"):
             _at_least(name, getattr(self, name), 0)
-        for depth in self.eval_depths or ():
-            _at_least("eval_depths", depth, 1)
-        if self.batch % self.accumulate:
-            raise UserError(
-                f"batch is {self.batch} and does not divide into accumulate={self.accumulate}"
-                " microbatches. Choose a batch that is a multiple of accumulate."
-            )
         optimizer = self.optimizer
         if (
             optimizer.cooldown_steps
@@ -171,6 +178,120 @@ class TrainConfig:
             raise UserError(
                 f"name is {self.name!r}; expected the name of one folder, without slashes."
             )
+
+    @property
+    def monitor_names(self) -> tuple[str, ...]:
+        """The monitors, each once."""
+        names = (name.strip() for name in self.monitors.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """One training run of a language model. A step is one update of the parameters."""
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "time", "accumulate")
+
+    batch: int = 8
+    """Sequences per step over all devices, >= 1."""
+    time: int = 256
+    """Tokens per sequence, >= 1."""
+    accumulate: int = 1
+    """Microbatches per step, >= 1; divides batch. More need less memory and compute the same."""
+    remat: RematPolicy = "dots"
+    """What the backward pass computes again: nothing, all but the products with weights (the
+    fastest on CPU), each block, or blocks in groups of about the root of their number."""
+    eval_batches: int = 4
+    """Validation batches per evaluation, >= 1; the one at the end reads four times as many."""
+    eval_depths: tuple[int, ...] | None = None
+    """Loop counts at which a looped model is evaluated, each >= 1; None takes powers of two around
+    its mean depth."""
+    sample_every: int = 0
+    """Steps between two printed samples, >= 0; 0 prints one at the end only."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("time", "accumulate", "eval_batches"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("sample_every", self.sample_every, 0)
+        for depth in self.eval_depths or ():
+            _at_least("eval_depths", depth, 1)
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"batch is {self.batch} and does not divide into accumulate={self.accumulate}"
+                " microbatches. Choose a batch that is a multiple of accumulate."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PuzzleDataConfig:
+    """The puzzles a run learns from."""
+
+    source: str = "sudoku-4x4"
+    """sudoku-4x4, sudoku-6x6, sudoku-9x9 or maze-NxN, which are made; a folder of ARC tasks
+    (training/*.json and evaluation/*.json, or *.json); or a folder in the published format (train/
+    and test/, each with a dataset.json)."""
+    puzzles: int = 2000
+    """Made puzzles to learn from, >= 1."""
+    held_out: int = 200
+    """Made puzzles that are kept apart, none of which is in training, >= 1."""
+    augmentations: int | None = None
+    """Copies of each puzzle beside itself: of a Sudoku by its symmetries, of a maze 0 or 7, turned
+    and mirrored, of an ARC task its variants; None: 20, 7 and 20. >= 0."""
+    clues: tuple[int, int] | None = None
+    """Least and most clues of a made Sudoku; None: 8 to 10 of 4 x 4, and of others as few as keep
+    one solution."""
+    seed: int = 0
+    """Seed of made puzzles and of copies, >= 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("puzzles", "held_out"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        for name in ("augmentations", "seed"):
+            _at_least(f"data.{name}", getattr(self, name) or 0, 0)
+        if not self.source:
+            raise UserError("data.source is empty; expected a name or a folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PuzzleConfig(RunConfig):
+    """One training run of a solver of puzzles. A step is one segment; the defaults suit small
+    puzzles on two CPU cores.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "puzzle_rate", "puzzle_decay")
+
+    batch: int = 64
+    """Puzzles per step over all devices, >= 1."""
+    steps: int = 2500
+    """Length of the run in segments, >= 1."""
+    log_every: int = 50
+    """Steps between two lines of metrics, >= 1."""
+    eval_every: int = 500
+    """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
+    save_every: int = 500
+    """Steps between two checkpoints, >= 0; 0 saves at the end only."""
+    eval_puzzles: int = 256
+    """Held-out puzzles per evaluation, spread over all of them, >= 1; the one at the end reads four
+    times as many."""
+    puzzle_rate: float = 1e-3
+    """Peak learning rate of the puzzles' vectors, > 0; its schedule is the optimizer's."""
+    puzzle_decay: float = 0.1
+    """Share of a vector removed per step, times the learning rate, >= 0."""
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            name="atan2", learning_rate=2e-3, clip_norm=None, warmup_steps=100
+        )
+    )
+    """The rule of all other parameters, and the schedule."""
+    data: PuzzleDataConfig = dataclasses.field(default_factory=PuzzleDataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("eval_puzzles", self.eval_puzzles, 1)
+        _positive("puzzle_rate", self.puzzle_rate)
+        _at_least("puzzle_decay", self.puzzle_decay, 0)
 
 
 def _one_of(name: str, value: str, known: Iterable[str]) -> None:

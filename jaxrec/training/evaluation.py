@@ -1,6 +1,7 @@
 """Loss and bits per byte on validation text, at several depths."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh
 
 from jaxrec.errors import UserError
@@ -95,12 +97,39 @@ def measure(
     """What the model says of itself on one batch of validation windows, see `models.protocol`;
     nothing for a model without `measure`. Arguments as of `evaluate`.
     """
+    found = jax.device_get(steps.measure(params, _first_batch(config, data, mesh)))
+    return {name: float(value) for name, value in found.items()}
+
+
+def depth_divergence(
+    divergence: Callable[..., Array],
+    params: Any,
+    depths: tuple[int, ...],
+    config: TrainConfig,
+    data: Data,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Divergence of every depth from the deepest, nats per token, on one batch of validation
+    windows; by depth as text.
+
+    Args:
+      divergence: from `monitors.build_divergence`.
+      params: parameters, on the mesh.
+      depths: to compare.
+      config: sizes.
+      data: whose validation side is read.
+      mesh: where the batch goes.
+    """
+    batch, deepest = _first_batch(config, data, mesh), jnp.int32(max(depths))
+    found = {str(depth): divergence(params, batch, jnp.int32(depth), deepest) for depth in depths}
+    return {depth: float(value) for depth, value in jax.device_get(found).items()}
+
+
+def _first_batch(config: TrainConfig, data: Data, mesh: Mesh) -> Any:
     windows = Batches(
         data.valid, batch=config.batch, time=config.time, shuffle=False, max_windows=config.batch
     )
-    batch = sharding.put_batch(windows(0, sharding.host_rows(config.batch)), mesh)
-    found = jax.device_get(steps.measure(params, batch))
-    return {name: float(value) for name, value in found.items()}
+    return sharding.put_batch(windows(0, sharding.host_rows(config.batch, mesh)), mesh)
 
 
 def evaluate(
@@ -137,7 +166,7 @@ def evaluate(
     for depth in evaluation_depths(model_config, config) or (None,):
         sums = []
         for index in range(windows.num_batches):
-            batch = sharding.put_batch(windows(index, sharding.host_rows(config.batch)), mesh)
+            batch = sharding.put_batch(windows(index, sharding.host_rows(config.batch, mesh)), mesh)
             sums.append(steps.evaluate(params, batch, jnp.int32(depth or 0)))
         nats, labels = (float(total) for total in np.sum(jax.device_get(sums), axis=0))
         loss[NO_LOOP if depth is None else str(depth)] = nats / labels

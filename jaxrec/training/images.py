@@ -28,10 +28,12 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrec.analysis.nonfinite import first_nonfinite_leaf
+from jaxrec.config import to_dict
 from jaxrec.errors import UserError
 from jaxrec.training import optim, sharding
 from jaxrec.training.checkpoint import Checkpoints
-from jaxrec.training.config import OptimizerConfig, Precision
+from jaxrec.training.config import CommonConfig, OptimizerConfig, Precision
 from jaxrec.training.data.batches import prefetch
 from jaxrec.training.data.images import ImageFolder, Images
 from jaxrec.training.metrics import MetricsLog, report, truncate_after
@@ -41,20 +43,20 @@ from jaxrec.training.step import cast_matrices, is_matrix, step_key
 Loss = Literal["each", "one"]
 State = dict[str, Any]
 
+FREE = ("mesh", "log_every", "save_epochs")
+"""Settings that a run may change when it goes on: its numbers are the same."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the colours of ImageNet, in shares of white."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings:
+class ImageSettings(CommonConfig):
     """One run; the defaults are those of pLSTM-Vis-T on ImageNet-1k but for the mesh."""
 
     epochs: int = 800
     """Times as many images are read as there are, >= 1."""
     batch: int = 2048
     """Images per step over all devices, >= 1."""
-    seed: int = 0
-    """Seed of the parameters, the order and the changes of the images, and what is dropped."""
     warmup_epochs: int = 5
     """Epochs in which the learning rate grows to its peak, >= 0."""
     repeats: int = 3
@@ -69,8 +71,6 @@ class ImageSettings:
     """alpha of pasting, >= 0; 0: none. With both, each is taken in half of the steps."""
     precision: Precision = "bfloat16"
     """Of activations and products; parameters, gates and norms are float32."""
-    mesh: str = "data=1"
-    """Devices per mesh axis, as in `TrainConfig`."""
     save_epochs: int = 10
     """Epochs between two checkpoints with a measured accuracy, >= 1; there is one at the end."""
     log_every: int = 50
@@ -89,7 +89,8 @@ class ImageSettings:
     """The rule and its schedule, but for the warm-up, which is counted in epochs here."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "repeats", "save_epochs", "log_every"):
+        super().__post_init__()
+        for name in ("epochs", "repeats", "save_epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be >= 1; got {getattr(self, name)}.")
         for name in ("warmup_epochs", "mixup", "cutmix"):
@@ -256,8 +257,8 @@ def train_images(
       stream: where a line is written for each line of metrics; nowhere if None.
 
     Raises:
-      UserError: the data do not fit the model, the loss is not finite, or a checkpoint could not
-        be written or read.
+      UserError: the data do not fit the model, the folder holds a run with other settings, the
+        loss or a parameter is not finite, or a checkpoint could not be written or read.
     """
     _check(model_config, train, valid, settings)
     mesh = sharding.build_mesh(settings.mesh)
@@ -269,7 +270,9 @@ def train_images(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
         first = checkpoints.latest_step() or 0
+        told = _told(model_config, settings)
         if first:
+            _check_same(folder, checkpoints.meta(first), told)
             state = checkpoints.restore(first, steps.abstract)
         else:
             state = steps.init()
@@ -278,23 +281,51 @@ def train_images(
         truncate_after(folder / "metrics.jsonl", first)
         log = stack.enter_context(MetricsLog(folder))
         accuracy = score(state) if first == last else 0.0
-        rows = sharding.host_rows(settings.batch)
+        rows = sharding.host_rows(settings.batch, mesh)
         ahead = stack.enter_context(contextlib.closing(prefetch(read, first, last, rows)))
         for step, batch in ahead:
             state, loss = steps.train(state, sharding.put_rows(batch, mesh))
             now = step + 1
-            if now % settings.log_every == 0 or now == last:
+            logs, saves = now % settings.log_every == 0, now % save_every == 0
+            if logs or saves or now == last:
+                _check_finite(now, loss, state["params"], checkpoints.latest_step() or 0)
+            if logs or now == last:
                 report(log, stream, now, {"loss": float(loss)}, "train")
-                if not np.isfinite(float(loss)):
-                    raise UserError(
-                        f"The loss of step {now} is {float(loss)}. Lower the learning rate; the"
-                        f" last good state is that of step {checkpoints.latest_step() or 0}."
-                    )
-            if now % save_every == 0 or now == last:
+            if saves or now == last:
                 accuracy = score(state)
                 report(log, stream, now, {"accuracy": accuracy}, "valid")
-                checkpoints.save(now, state, {"accuracy": accuracy})
+                checkpoints.save(now, state, told)
     return ImageResults(steps.merge(state["params"]), accuracy, last)
+
+
+def _told(model_config: Any, settings: ImageSettings) -> dict[str, Any]:
+    """What a checkpoint says of its run, and a run that goes on must say too."""
+    told = {f"model.{name}": value for name, value in to_dict(model_config).items()}
+    told |= {name: value for name, value in to_dict(settings).items() if name not in FREE}
+    return told
+
+
+def _check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for name in here.keys() | there.keys():
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"{folder} holds a run with {name} {there.get(name)}; this one has"
+                f" {here.get(name)}. Choose another folder, or repeat the settings of the run that"
+                " is there."
+            )
+
+
+def _check_finite(step: int, loss: Array, params: Any, good: int) -> None:
+    place = f"is {float(loss)}"
+    if np.isfinite(float(loss)):
+        leaf = first_nonfinite_leaf(params)
+        if leaf is None:
+            return
+        place = f"is {float(loss)}, but parameter {leaf} is not finite after it"
+    raise UserError(
+        f"The loss of step {step} {place}. Lower the learning rate; the last good state is that of"
+        f" step {good}."
+    )
 
 
 def batch_of(data: ImageFolder, settings: ImageSettings, step: int, rows: slice) -> Images:
@@ -317,7 +348,7 @@ def _accuracy(
     """Share of all images; each host reads its part of every batch."""
     right = 0.0
     for begin in range(0, len(data), settings.batch):
-        places = (begin + np.arange(settings.batch))[sharding.host_rows(settings.batch)]
+        places = (begin + np.arange(settings.batch))[sharding.host_rows(settings.batch, mesh)]
         weights = (places < len(data)).astype(np.float32)
         batch = data.read((places % len(data)).tolist())
         right += float(steps.right(state["params"], *sharding.put_rows((batch, weights), mesh)))

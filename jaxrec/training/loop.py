@@ -1,51 +1,47 @@
 """One run from start to end, top to bottom: data, state, the loop, and what it leaves behind."""
 
-import contextlib
 import dataclasses
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrec.config import to_dict
 from jaxrec.errors import UserError
 from jaxrec.models.protocol import LanguageModelConfig
-from jaxrec.training import flops, sharding
-from jaxrec.training.checkpoint import Checkpoints
+from jaxrec.training import flops, hosts, monitors, running, sharding
 from jaxrec.training.config import TrainConfig
-from jaxrec.training.data import Batches, Data, HostBatch, load_data, prefetch
-from jaxrec.training.evaluation import Evaluation, evaluate, measure
+from jaxrec.training.data import Batches, Data, HostBatch, load_data
+from jaxrec.training.evaluation import (
+    Evaluation,
+    depth_divergence,
+    evaluate,
+    evaluation_depths,
+    measure,
+)
 from jaxrec.training.guard import explain_bad_step
-from jaxrec.training.metrics import MetricsLog, truncate_after
-from jaxrec.training.progress import RunProgress
-from jaxrec.training.runs import Run, check_same_run, read_run
-from jaxrec.training.step import Steps, build_steps
+from jaxrec.training.running import averaged, due, open_run, run_folder, run_steps
+from jaxrec.training.runs import Run
+from jaxrec.training.step import build_steps
 
 FINAL = 4
 """So many times the text of an evaluation on the way is read by the one at the end."""
 
 Sample = Callable[[Any, Any], str]  # (model, tokenizer) -> text
-# Step, depth, metrics and batch of a step that the device may still work on.
-Settling = tuple[int, int | None, dict[str, jax.Array], HostBatch]
+Outcome = running.Outcome[Data, Evaluation]
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
+class Settling(NamedTuple):
+    """A step that the device may still work on."""
 
-    run: Run
-    state: dict[str, Any]
-    step: int  # updates made
-    stopped_by: str | None  # name of the signal that ended it early, or None
-    data: Data
-    evaluation: Evaluation | None  # of the final state; None if the run was stopped early
-    model: Any  # with the final parameters, or their running average if there is one
+    step: int
+    depth: int | None
+    metrics: dict[str, jax.Array]
+    batch: HostBatch
+    watched: dict[str, jax.Array] | None  # by the monitors, after the step
 
 
 def train(
@@ -79,149 +75,101 @@ def train(
         the loss or its gradient was not finite (the parameters before that step stay in the last
         checkpoint).
     """
+    mesh = sharding.build_mesh(config.mesh)  # first: what is refused at once need not wait for text
+    sharding.check_batch(config.batch // config.accumulate, config.time, mesh)
     data = load_data(config.data.source, config.data.tokenizer, config.data.valid_fraction)
     check_fits(model_config, config, data)
-    mesh = sharding.build_mesh(config.mesh)
-    sharding.check_batch(config.batch // config.accumulate, config.time, mesh)
-    name = config.name or model_path.rpartition(".")[2].replace(":", "-").lower()
-    run = Run(runs / name, model_path, model_config, config, data.provenance)
+    folder = run_folder(runs, config.name, model_path)
+    run = Run(folder, model_path, model_config, config, data.provenance)
     steps = build_steps(model_config, config, mesh)
+    monitor = monitors.build_monitor(
+        config.monitor_names,
+        model_path,
+        functools.partial(monitors.language_model_forward, parts=config.accumulate),
+        steps.computing,
+        steps.abstract["params"],
+        monitors.abstract_batch(config.batch, config.time, mesh),
+        mesh,
+    )
+    divergence = None
+    if "depth" in config.monitor_names and model_config.mean_depth is not None:
+        divergence = monitors.build_divergence(steps.computing, mesh)
     batches = Batches(data.train, batch=config.batch, time=config.time, seed=config.seed)
-    old = read_run(run.folder) if (run.folder / "run.json").exists() else None
-    if old is not None:
-        check_same_run(old, run)
-    elif resume:
-        raise UserError(f"--resume: there is no run {run.folder}. Leave --resume out to begin.")
-
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=config.keep))
-        first = checkpoints.latest_step()
-        if resume and first is None:
-            raise UserError(
-                f"--resume: {run.folder} holds no checkpoint. Leave --resume out to begin."
-            )
-        if first is not None and first > config.steps:
-            raise UserError(
-                f"{run.folder} has made {first} steps already; --steps {config.steps} is less."
-                " Ask for more, or choose another --name."
-            )
-        if first is not None:
-            state = checkpoints.restore(first, steps.abstract)
-        else:
-            state = steps.init() if start is None else begin_with(start, steps)
-        first = first or 0
-        run.write(data.tokenizer)
-        truncate_after(run.folder / "metrics.jsonl", first)
-        log = stack.enter_context(
-            MetricsLog(
-                run.folder,
-                tensorboard=config.tensorboard,
-                wandb=config.wandb,
-                config=to_dict(config) | {"model": to_dict(model_config)},
-            )
-        )
-        stopped = stack.enter_context(stop_signals())
-        coming = stack.enter_context(
-            contextlib.closing(
-                prefetch(batches, first, config.steps, sharding.host_rows(config.batch))
-            )
-        )
-        stream = stream or stack.enter_context(open(os.devnull, "w"))
-        progress = stack.enter_context(RunProgress(config.steps, start=first, stream=stream))
-        if first:
-            progress.note(f"Going on from step {first} of {run.folder}.")
-            if old and old.config.steps != config.steps and config.optimizer.schedule != "constant":
-                progress.note(
-                    f"The learning rate follows a run of {config.steps} steps from here on;"
-                    f" so far it followed one of {old.config.steps}."
-                )
+    with open_run(
+        run, steps, resume=resume, start=start, tokenizer=data.tokenizer, stream=stream
+    ) as now:
         meter = Meter(model_config, config, data, mesh.size)
 
-        def settle(waiting: Settling, state: dict[str, Any]) -> None:
-            """Waits for a step's metrics and reports them, or stops the run."""
-            step, depth, metrics, batch = waiting
-            numbers = jax.device_get(metrics)
-            if not numbers.pop("healthy"):
-                checkpoints.wait()
-                good = checkpoints.latest_step()
-                raise UserError(
-                    explain_bad_step(run, steps, state, step, depth, batch, numbers, good)
-                )
-            meter.add(depth, numbers)
-            if due(step + 1, config.log_every) or step + 1 == config.steps:
-                line = meter.flush()
-                log.log(step + 1, line)
-                shown = ("loss", "bits_per_byte", "tokens_per_second")
-                progress.update(step + 1, **{name: line[name] for name in shown})
-
-        def evaluation(step: int, batches: int) -> Evaluation:
-            params = state["params"] if state["ema"] is None else state["ema"]
-            result = evaluate(steps, params, model_config, config, data, mesh, batches=batches)
-            if measures := measure(steps, params, config, data, mesh):
-                log.log(step, measures, kind="model")
-            log.log(step, dataclasses.asdict(result), kind="valid")
-            progress.note(f"step {step}  validation bits/byte  {result}")
-            return result
-
-        step, waiting = first, None
-        for step, host_batch in coming:
+        def update(step: int, host_batch: HostBatch) -> Settling:
             depth = model_config.sample_depth(np.random.default_rng((config.seed, step)))
             batch = sharding.put_batch(host_batch, mesh)
-            state, metrics = steps.train(state, batch, jnp.int32(depth or 0))
-            # The host looks at a step while the device already works on the next.
-            if waiting is not None:
-                settle(waiting, state)
-            waiting, step = (step, depth, metrics, host_batch), step + 1
-            stop = bool(stopped)  # looked at once: a signal may arrive at any line below
-            last = step == config.steps or stop
-            evaluates = due(step, config.eval_every) and not last
-            samples = sample is not None and due(step, config.sample_every) and not last
-            saves = last or due(step, config.save_every)
-            if evaluates or samples or saves:
-                settle(waiting, state)
-                waiting = None
-            if evaluates:
-                evaluation(step, config.eval_batches)
-            if sample is not None and samples:
-                model = steps.merge(sharding.on_one_device(state["params"], mesh))
-                text = sample(model, data.tokenizer)
-                with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
-                    file.write(f"--- step {step}\n{text}\n")
-                progress.note(f"step {step}  sample: {text}")
-            if saves:
-                checkpoints.save(step, state, {"model": model_path})
-            if evaluates or samples or saves:
-                meter.restart()  # so that tokens per second count training only
-            if stop:
-                break
-        checkpoints.wait()
+            now.state, metrics = steps.train(now.state, batch, jnp.int32(depth or 0))
+            watched = None
+            if monitor is not None and due(step + 1, config.monitor_every):
+                watched = monitor(now.state["params"], batch)
+            return Settling(step, depth, metrics, host_batch, watched)
+
+        def settle(waiting: Settling) -> None:
+            step, depth, metrics, batch, watched = waiting
+            numbers = jax.device_get(metrics)
+            if not numbers.pop("healthy"):
+                now.checkpoints.wait()
+                good = now.checkpoints.latest_step()
+                raise UserError(
+                    explain_bad_step(run, steps, now.state, step, depth, batch, numbers, good)
+                )
+            meter.add(depth, numbers, now.watch.lap())
+            if watched is not None:
+                now.log.log(step + 1, monitors.summary(watched), kind="monitor")
+            if due(step + 1, config.log_every) or step + 1 == config.steps:
+                line = meter.flush()
+                now.log.log(step + 1, line)
+                shown = ("loss", "bits_per_byte", "tokens_per_second")
+                now.progress.update(step + 1, **{name: line[name] for name in shown})
+
+        def evaluation(step: int, batches: int) -> Evaluation:
+            params = averaged(now.state)
+            result = evaluate(steps, params, model_config, config, data, mesh, batches=batches)
+            if measures := measure(steps, params, config, data, mesh):
+                now.log.log(step, measures, kind="model")
+            if divergence is not None:
+                depths = evaluation_depths(model_config, config)
+                diverged = depth_divergence(divergence, params, depths, config, data, mesh)
+                now.log.log(step, {"kl_to_deepest": diverged}, kind="monitor")
+            now.log.log(step, dataclasses.asdict(result), kind="valid")
+            now.progress.note(f"step {step}  validation bits/byte  {result}")
+            return result
+
+        def write_sample(step: int) -> None:
+            assert sample is not None
+            model = steps.merge(sharding.on_one_device(averaged(now.state), mesh))
+            text = sample(model, data.tokenizer)
+            with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n")
+            now.progress.note(f"step {step}  sample: {text}")
+
+        step = run_steps(
+            now,
+            batches,
+            rows=sharding.host_rows(config.batch, mesh),
+            update=update,
+            settle=settle,
+            evaluate=lambda step: evaluation(step, config.eval_batches),
+            sample=None if sample is None or hosts.several() else write_sample,
+            sample_every=config.sample_every,
+        )
         done = step >= config.steps
-        final = state["params"] if state["ema"] is None else state["ema"]
         return Outcome(
             run,
-            state,
+            now.state,
             step,
-            stopped_by=None if done else stopped[0],
+            stopped_by=None if done else now.stopped[0],
             data=data,
             evaluation=evaluation(step, FINAL * config.eval_batches) if done else None,
-            model=steps.merge(sharding.on_one_device(final, mesh)),
+            model=None
+            if hosts.several()
+            else steps.merge(sharding.on_one_device(averaged(now.state), mesh)),
         )
-
-
-def begin_with(folder: Path, steps: Steps) -> dict[str, Any]:
-    """The state before the first update, with the newest parameters of another run.
-
-    Raises:
-      UserError: the folder is no run, holds no checkpoint, or one of another model.
-    """
-    with Checkpoints(read_run(folder).checkpoints, keep=None, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{folder} has no checkpoint to begin with.")
-        params = checkpoints.restore_params(step, steps.abstract["params"])
-    state = steps.init()
-    average = None if state["ema"] is None else jax.tree.map(jnp.copy, params)
-    return state | {"params": params, "ema": average}
 
 
 def check_fits(model_config: LanguageModelConfig, config: TrainConfig, data: Data) -> None:
@@ -255,54 +203,26 @@ class Meter:
         self._bits_per_nat = labels / data.train.num_bytes / np.log(2)
         self._peak = flops.peak_flops(jax.devices()[0]) * devices
         self._lines: list[dict[str, float]] = []
-        self.restart()
+        self._sums = np.zeros(3)  # tokens, floating-point operations, seconds
 
-    def restart(self) -> None:
-        """Begins to measure time anew."""
-        self._begun = time.perf_counter()
-
-    def add(self, depth: int | None, numbers: dict[str, Any]) -> None:
+    def add(self, depth: int | None, numbers: dict[str, Any], seconds: float) -> None:
         """Notes one step of that depth; `numbers` are the metrics of the compiled step."""
-        now = time.perf_counter()
-        seconds, self._begun = now - self._begun, now
         config = self._config
         tokens = config.batch * config.time
         work = tokens * self._model_config.flops_per_token(config.time, depth, training=True)
         line = {name: float(value) for name, value in numbers.items()}
         line["bits_per_byte"] = line["loss"] * self._bits_per_nat
-        line["tokens_per_second"] = tokens / seconds
-        line["mfu"] = work / seconds / self._peak
         if depth is not None:
             line["depth"] = depth
         self._lines.append(line)
+        self._sums += tokens, work, seconds
 
     def flush(self) -> dict[str, float]:
-        """The mean of the lines since the last call."""
+        """The mean of the lines since the last call, and the speed over all of them."""
         lines, self._lines = self._lines, []
-        return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """Collects the names of SIGTERM and SIGINT instead of dying; the second one acts as usual."""
-    received: list[str] = []
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def note(number: int, _: Any) -> None:
-        received.append(signal.Signals(number).name)
-        for kind in kinds:
-            signal.signal(kind, before[kind])
-
-    try:
-        for kind in kinds:
-            signal.signal(kind, note)
-        yield received
-    finally:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
+        (tokens, work, seconds), self._sums = self._sums, np.zeros(3)
+        means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
+        return means | {
+            "tokens_per_second": float(tokens / seconds),
+            "mfu": float(work / seconds / self._peak),
+        }

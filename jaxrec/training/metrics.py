@@ -21,8 +21,8 @@ class MetricsLog:
     """Writes metrics to <folder>/metrics.jsonl, one object per line, each complete as soon as it is
     logged.
 
-    Every line has "step", "kind" and "time" (seconds since 1970). Kinds are "train", "valid", and
-    "model" for what a model says of itself.
+    Every line has "step", "kind" and "time" (seconds since 1970). Kinds are "train", "valid",
+    "model" for what a model says of itself, and "monitor" for what is watched inside of it.
     Values are numbers, strings, None, or lists and dictionaries of them; numpy and jax scalars
     become numbers.
 
@@ -31,6 +31,7 @@ class MetricsLog:
       tensorboard: also write event files to <folder>/tensorboard.
       wandb: also log to this Weights & Biases project; None does not.
       config: noted with the Weights & Biases run.
+      write: False writes nothing at all, as on all but one of several hosts.
 
     Raises:
       UserError: tensorboard or wandb is asked for and its package is not installed.
@@ -43,15 +44,19 @@ class MetricsLog:
         tensorboard: bool = False,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
+        write: bool = True,
     ) -> None:
         folder = Path(folder)
         self._writers: list[_TensorBoard | _WeightsAndBiases] = []
+        self.path = folder / "metrics.jsonl" if write else Path(os.devnull)
+        if not write:
+            self._file = self.path.open("ab", buffering=0)
+            return
         if tensorboard:
             self._writers.append(_TensorBoard(folder))
         if wandb:
             self._writers.append(_WeightsAndBiases(folder, wandb, config))
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
         self._file = self.path.open("ab", buffering=0)  # nothing waits in memory
 
     def log(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
@@ -90,8 +95,11 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl; strings in NOT_FINITE become numbers again.
 
     A last line that a killed run left half written is dropped.
+
+    Raises:
+      UserError: another line is damaged.
     """
-    return [_numbers(json.loads(line)) for line in _whole_lines(Path(path))]
+    return [_numbers(line) for _, line in _lines(Path(path))]
 
 
 def report(
@@ -110,11 +118,14 @@ def truncate_after(path: str | Path, step: int) -> None:
 
     The file is replaced in one move, so that a crash leaves the old or the new one. No file is no
     error.
+
+    Raises:
+      UserError: a line that is not the last is damaged.
     """
     path = Path(path)
     if not path.exists():
         return
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    kept = [text for text, line in _lines(path) if line["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)
@@ -123,9 +134,25 @@ def truncate_after(path: str | Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    return [line for line in lines[:-1] if line]  # what follows the last line end is half a line
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a file, as text and read."""
+    texts = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    lines = []
+    for number, text in enumerate(texts[:-1], start=1):  # behind the last line end is half a line
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        is_whole = isinstance(line, dict) and isinstance(line.get("kind"), str)
+        if not is_whole or type(line.get("step")) is not int:
+            raise UserError(
+                f"{path}, line {number} is damaged: {text[:80]!r} is not an object with a step and"
+                " a kind. Remove that line to go on."
+            )
+        lines.append((text, line))
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ import optax
 from jax import Array
 
 from jaxrec.models.hrm import HRM, Carry, Rows
-from jaxrec.ops.depth import RematPolicy
+from jaxrec.ops.depth import RematPolicy, remat_scan
 from jaxrec.ops.stablemax import log_stablemax
 from jaxrec.training.data.batches import IGNORED
 
@@ -50,7 +50,7 @@ def draws(key: Array, batch: int, max_segments: int) -> Draws:
     return Draws(uniform, least)
 
 
-def take_next(model: HRM, carry: Carry, offered: Rows) -> Carry:
+def take_next(model: HRM, carry: Carry, offered: Rows[Array]) -> Carry:
     """Gives the rows that have halted the puzzles that are offered; the others keep theirs."""
 
     def choose(new: Array, old: Array) -> Array:
@@ -130,6 +130,28 @@ def segment(
         "segments": total(steps),
     }
     return loss, Segment(Carry(latent, steps, halted, rows), logits, q, target, metrics)
+
+
+class Solution(NamedTuple):
+    """What a model answers after each of M segments."""
+
+    answers: Array  # int32 (M b s): the best token of every place
+    right: Array  # float32 (M b): share of the asked tokens that are right
+    solved: Array  # bool (M b): all of them are
+    q: Array  # float32 (M b 2): of halting and of going on
+
+
+def solve(model: HRM, rows: Rows[Array]) -> Solution:
+    """Lets puzzles have as many segments as the model may take."""
+    vectors = model.vectors_of(rows.puzzle)
+
+    def body(carry: Carry, _: None) -> tuple[Carry, Solution]:
+        now = segment(model, carry, vectors)[1]
+        answers = jnp.argmax(now.logits, axis=-1).astype(jnp.int32)
+        return now.carry, Solution(answers, *scores(now.logits, rows.labels), now.q)
+
+    carry = take_next(model, model.init_carry(rows), rows)
+    return remat_scan(body, carry, None, length=model.config.max_segments)[1]
 
 
 def scores(logits: Array, labels: Array) -> tuple[Array, Array]:

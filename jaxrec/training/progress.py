@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class RunProgress:
-    """Shows step, loss, bits per byte, tokens per second and time left. Use as a context manager.
+    """Shows step, loss, what else is measured, speed and time left. Use as a context manager.
 
     On an interactive terminal it is one line that is drawn again; in a file or a pipe, each
     `update` is a line.
@@ -31,7 +31,10 @@ class RunProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._steps, self._start, self._clock = steps, start, clock
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        # In a notebook rich would show all of it there, whatever the stream.
+        self._console = Console(
+            file=stream or sys.stdout, highlight=False, soft_wrap=True, force_jupyter=False
+        )
         self._bar: Progress | None = None
         self._begin = clock()
         if self._console.is_terminal:
@@ -46,6 +49,8 @@ class RunProgress:
         loss: float | None = None,
         bits_per_byte: float | None = None,
         tokens_per_second: float | None = None,
+        solved: float | None = None,
+        puzzles_per_second: float | None = None,
     ) -> None:
         """Shows how far the run is.
 
@@ -54,6 +59,8 @@ class RunProgress:
           loss: in nats per token.
           bits_per_byte: the same in bits per byte of text.
           tokens_per_second: training speed.
+          solved: share of the puzzles that have halted.
+          puzzles_per_second: training speed, a segment each.
         """
         parts = [f"step {step}/{self._steps}"]
         if loss is not None:
@@ -62,6 +69,10 @@ class RunProgress:
             parts.append(f"{bits_per_byte:.3f} bits/byte")
         if tokens_per_second is not None:
             parts.append(f"{_count(tokens_per_second)} tokens/s")
+        if solved is not None:
+            parts.append(f"{solved:.1%} solved")
+        if puzzles_per_second is not None:
+            parts.append(f"{_count(puzzles_per_second)} puzzles/s")
         if step > self._start:
             pace = (self._clock() - self._begin) / (step - self._start)
             parts.append(f"{_duration(pace * (self._steps - step))} left")

@@ -7,7 +7,6 @@ that a run that was stopped goes on as if it had not been.
 Wang et al., Hierarchical reasoning model (2025), arXiv:2506.21734, section 2 and appendix.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -23,183 +22,152 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError
 from jaxrec.models.hrm import HRM, Fixed, HRMConfig, Rows, Table
-from jaxrec.ops.depth import RematPolicy
-from jaxrec.training import optim, pondering, sharding
-from jaxrec.training.checkpoint import Checkpoints
-from jaxrec.training.config import OptimizerConfig, Precision
-from jaxrec.training.data.batches import prefetch
-from jaxrec.training.data.puzzle_batches import GroupBatches, OrderedBatches
-from jaxrec.training.data.puzzles import Rows as HostRows
-from jaxrec.training.metrics import MetricsLog, report, truncate_after
+from jaxrec.training import hosts, monitors, optim, pondering, running, sharding
+from jaxrec.training.config import PuzzleConfig
+from jaxrec.training.data import arc
+from jaxrec.training.data.puzzle_sources import PuzzleData, load_puzzles, made_size
+from jaxrec.training.running import State, averaged, due, open_run, run_folder, run_steps
+from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
 from jaxrec.training.step import cast_matrices, is_matrix, step_key
 
-State = dict[str, Any]
 LOSSES = ("answer_loss", "q_halt_loss", "q_continue_loss")
 """Metrics of a segment that are sums over all rows, not over those that halted."""
+FINAL = 4
+"""So many times the puzzles of an evaluation on the way are solved by the one at the end."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PuzzleSettings:
-    """One run; learning rates and decays are those of Sudoku-Extreme with 1000 puzzles."""
-
-    steps: int
-    """Segments, >= 1."""
-    seed: int = 0
-    """Seed of the parameters and of exploration."""
-    puzzle_rate: float = 1e-4
-    """Peak learning rate of the puzzles' vectors, > 0; its schedule is the optimizer's."""
-    puzzle_decay: float = 1.0
-    """Share of a vector removed per step, times the learning rate, >= 0."""
-    remat: RematPolicy = "none"
-    """What the gradient stores of the layers of a stack."""
-    precision: Precision = "float32"
-    """Of activations, states and products."""
-    mesh: str = "data=1"
-    """Devices per mesh axis, as in `TrainConfig`."""
-    log_every: int = 50
-    """Steps between two lines of metrics, >= 1."""
-    eval_every: int = 1000
-    """Steps between two evaluations, each with a checkpoint, >= 1; there is one at the end."""
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            name="atan2",
-            learning_rate=1e-4,
-            weight_decay=1.0,
-            clip_norm=None,
-            schedule="constant",
-            warmup_steps=2000,
-        )
-    )
-    """The rule of all other parameters, and the schedule."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be >= 1; got {getattr(self, name)}.")
-        if not 0 < self.puzzle_rate < float("inf"):
-            raise UserError(f"puzzle_rate must be > 0; got {self.puzzle_rate}.")
-        if not self.puzzle_decay >= 0:
-            raise UserError(f"puzzle_decay must be >= 0; got {self.puzzle_decay}.")
-
-
-class PuzzleScores(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PuzzleScores:
     """How held-out puzzles were solved, by the number of segments."""
 
-    exact: np.ndarray  # (M): share solved after segment 1, 2, ... M
-    accuracy: np.ndarray  # (M): share of right tokens
+    exact: tuple[float, ...]  # share solved after segment 1, 2, ... M
+    accuracy: tuple[float, ...]  # share of right tokens
     halted_exact: float  # share solved where each puzzle ends when q_halt > q_continue
     halted_segments: float  # segments that these puzzles take on average
+    puzzles: int
+    two_attempts: float | None = None  # of ARC: share of tests of which one of two votes is right
+
+    def __str__(self) -> str:
+        shares = "  ".join(f"{share:.1%}" for share in self.exact)
+        return (
+            f"solved by segment: {shares}; halting by itself {self.halted_exact:.1%}"
+            f" in {self.halted_segments:.2f}"
+        )
 
 
 class PuzzleSteps(NamedTuple):
     """One run's compiled functions."""
 
     init: Callable[[], State]
-    train: Callable[[State, Rows], tuple[State, dict[str, Array]]]  # consumes the state
-    evaluate: Callable[[State, Rows], tuple[Array, ...]]  # of every row: right and solved (M b),
-    # and whether q_halt > q_continue (M b)
+    train: Callable[[State, Rows[Array]], tuple[State, dict[str, Array]]]  # consumes the state
+    evaluate: Callable[[Any, Rows[Array]], pondering.Solution]  # (params, rows)
     abstract: State  # shapes, dtypes and shardings of the state
-    merge: Callable[[State], HRM]
+    merge: Callable[[Any], HRM]  # params -> model
+    computing: Callable[[Any], HRM]  # params -> model in the dtypes in which it computes
 
 
-class PuzzleResults(NamedTuple):
-    """What came out of a run."""
-
-    model: HRM
-    scores: PuzzleScores
+Outcome = running.Outcome[PuzzleData, PuzzleScores]
 
 
-def build_puzzle_steps(
-    config: HRMConfig, settings: PuzzleSettings, batch: int, mesh: Mesh
-) -> PuzzleSteps:
+def build_puzzle_steps(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh) -> PuzzleSteps:
     """Prepares a run; nothing is computed or allocated before the first call.
 
     Raises:
       UserError: a parameter or the batch does not divide over the mesh.
     """
-    sharding.check_batch(batch, mesh.shape["seq"], mesh)
-    abstract_model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-    graph, *kinds = nnx.split(abstract_model, nnx.Param, Table, Fixed)
-    trained = kinds[0]
-    matrices, dtype = is_matrix(trained), jnp.dtype(settings.precision)
-    rate = optim.schedule(settings.optimizer, settings.steps)
-    puzzle_share = settings.puzzle_rate / settings.optimizer.learning_rate
+    sharding.check_batch(config.batch, mesh.shape["seq"], mesh)
+    abstract_model = nnx.eval_shape(lambda: model_config.build(rngs=nnx.Rngs(0)))
+    whole, _ = nnx.split(abstract_model)
+    graph, of_optimizer, *_ = nnx.split(abstract_model, nnx.Param, Table, Fixed)
+    matrices, dtype = is_matrix(of_optimizer), jnp.dtype(config.precision)
+    rate = optim.schedule(config.optimizer, config.steps)
+    puzzle_share = config.puzzle_rate / config.optimizer.learning_rate
     optimizer = optim.build(
-        settings.optimizer,
-        settings.steps,
-        nnx.to_pure_dict(trained),
-        sharding.stacked_axes(trained),
+        config.optimizer,
+        config.steps,
+        nnx.to_pure_dict(of_optimizer),
+        sharding.stacked_axes(of_optimizer),
     )
-    decay = settings.optimizer.ema_decay
+    decay = config.optimizer.ema_decay
+
+    def parts(params: Any) -> list[Any]:
+        """What the optimizer moves, the vectors of the puzzles, and what stays."""
+        kinds = nnx.split(nnx.merge(whole, params), nnx.Param, Table, Fixed)[1:]
+        return [nnx.to_pure_dict(kind) for kind in kinds]
+
+    def together(*parts: Any) -> Any:
+        return nnx.to_pure_dict(nnx.split(nnx.merge(graph, *parts))[1])
+
+    def solver(trained: Any, table: Any, fixed: Any) -> HRM:
+        return nnx.merge(graph, cast_matrices(trained, matrices, dtype), table, fixed)
+
+    def computing(params: Any) -> HRM:
+        return solver(*parts(params))
 
     def init() -> State:
-        model = config.build(rngs=nnx.Rngs(settings.seed))
-        _, *kinds = nnx.split(model, nnx.Param, Table, Fixed)
-        params, table, fixed = (nnx.to_pure_dict(kind) for kind in kinds)
-        nothing = jnp.zeros((batch, config.length), jnp.int32)
-        rows = Rows(nothing, nothing, jnp.zeros(batch, jnp.int32))
-        state = {"params": params, "table": table, "fixed": fixed}
-        return state | {
-            "opt_state": optimizer.init(params),
+        model = model_config.build(rngs=nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        trained, *others = parts(params)
+        nothing = jnp.zeros((config.batch, model_config.length), jnp.int32)
+        rows = Rows(nothing, nothing, jnp.zeros(config.batch, jnp.int32))
+        return {
+            "params": params,
+            "opt_state": optimizer.init(trained),
             "ema": None if decay is None else jax.tree.map(jnp.copy, params),
-            "carry": solver(state, params).init_carry(rows),
+            "carry": solver(trained, *others).init_carry(rows),
             "step": jnp.zeros((), jnp.int32),
         }
 
-    def solver(state: State, params: Any) -> HRM:
-        params = cast_matrices(params, matrices, dtype)
-        return nnx.merge(graph, params, state["table"], state["fixed"])
-
-    def train(state: State, offered: Rows) -> tuple[State, dict[str, Array]]:
-        params, table = state["params"], state["table"]
-        carry = pondering.take_next(solver(state, params), state["carry"], offered)
+    def train(state: State, offered: Rows[Array]) -> tuple[State, dict[str, Array]]:
+        step = state["step"]
+        trained, table, fixed = parts(state["params"])
+        model = solver(trained, table, fixed)
+        carry = pondering.take_next(model, state["carry"], offered)
         explore = pondering.draws(
-            step_key(settings.seed, state["step"]), batch, config.max_segments
+            step_key(config.seed, step), config.batch, model_config.max_segments
         )
 
-        def loss(params: Any, vectors: Array | None) -> tuple[Array, pondering.Segment]:
-            model = solver(state, params)
-            total, segment = pondering.segment(model, carry, vectors, explore, remat=settings.remat)
-            return total / batch, segment
+        def loss(trained: Any, vectors: Array | None) -> tuple[Array, pondering.Segment]:
+            model = solver(trained, table, fixed)
+            total, segment = pondering.segment(model, carry, vectors, explore, remat=config.remat)
+            return total / config.batch, segment
 
-        vectors = solver(state, params).vectors_of(carry.rows.puzzle)
         graded = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, segment), (gradient, of_vectors) = graded(params, vectors)
-        updates, opt_state = optimizer.update(gradient, state["opt_state"], params)
-        params = optax.apply_updates(params, updates)
+        (value, segment), (gradient, of_vectors) = graded(
+            trained, model.vectors_of(carry.rows.puzzle)
+        )
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], trained)
+        trained = optax.apply_updates(trained, updates)
         if of_vectors is not None:
             table = jax.tree.map(
                 lambda rows: optim.sign_sgd_rows(
                     rows,
                     carry.rows.puzzle,
                     of_vectors,
-                    rate=rate(state["step"]) * puzzle_share,
-                    weight_decay=settings.puzzle_decay,
+                    rate=rate(step) * puzzle_share,
+                    weight_decay=config.puzzle_decay,
                 ),
                 table,
             )
-        new = state | {
-            "params": params,
-            "table": table,
+        ema = state["ema"]
+        if decay is not None:  # vectors that few batches read are not averaged
+            ema = together(optim.ema_update(parts(ema)[0], trained, decay), table, fixed)
+        healthy = jnp.isfinite(value)
+        for leaf in jax.tree.leaves((trained, table)):
+            healthy &= jnp.all(jnp.isfinite(leaf))
+        new = {
+            "params": together(trained, table, fixed),
             "opt_state": opt_state,
-            "ema": None if decay is None else optim.ema_update(state["ema"], params, decay),
+            "ema": ema,
             "carry": segment.carry,
-            "step": state["step"] + 1,
+            "step": step + 1,
         }
-        return new, {"loss": value, **segment.metrics}
+        metrics = {"loss": value, "learning_rate": rate(step), "healthy": healthy}
+        return new, metrics | segment.metrics
 
-    def evaluate(state: State, rows: Rows) -> tuple[Array, ...]:
-        model = solver(state, state["params"] if decay is None else state["ema"])
-        vectors = model.vectors_of(rows.puzzle)
-
-        def body(carry: pondering.Carry, _: None) -> tuple[pondering.Carry, tuple[Array, ...]]:
-            segment = pondering.segment(model, carry, vectors)[1]
-            right, solved = pondering.scores(segment.logits, rows.labels)
-            return segment.carry, (right, solved, segment.q[:, 0] > segment.q[:, 1])
-
-        carry = pondering.take_next(model, model.init_carry(rows), rows)
-        return jax.lax.scan(body, carry, length=config.max_segments)[1]
+    def evaluate(params: Any, rows: Rows[Array]) -> pondering.Solution:
+        return pondering.solve(computing(params), rows)
 
     abstract, places = sharding.placed(
         jax.eval_shape(init), abstract_model, mesh, by_row=("carry",)
@@ -210,123 +178,279 @@ def build_puzzle_steps(
         train=OnMesh(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)), mesh),
         evaluate=OnMesh(jax.jit(evaluate, out_shardings=everywhere), mesh),
         abstract=abstract,
-        merge=lambda state: nnx.merge(
-            graph,
-            state["params"] if decay is None else state["ema"],
-            state["table"],
-            state["fixed"],
-        ),
+        merge=lambda params: nnx.merge(whole, params),
+        computing=computing,
     )
+
+
+class Settling(NamedTuple):
+    """A step that the device may still work on."""
+
+    step: int  # updates made after it
+    metrics: dict[str, Array]
+    watched: dict[str, Array] | None  # by the monitors, after the step
 
 
 def train_puzzles(
-    config: HRMConfig,
-    train: GroupBatches,
-    valid: OrderedBatches,
-    settings: PuzzleSettings,
-    folder: Path,
+    model_path: str,
+    model_config: HRMConfig,
+    config: PuzzleConfig,
     *,
+    runs: Path = Path("runs"),
+    resume: bool = False,
+    start: Path | None = None,
     stream: TextIO | None = None,
-) -> PuzzleResults:
-    """Trains a solver, or goes on with the run that the folder holds.
+) -> Outcome:
+    """Trains a solver, or goes on with the run that its folder holds.
 
     Args:
-      config: of the model; its length and its vocabulary must be those of the data.
-      train: batches to learn from.
-      valid: a pass over held-out puzzles.
-      settings: of the run; the same when it goes on.
-      folder: of the run: metrics.jsonl and checkpoints.
-      stream: where a line is written for each line of metrics; nowhere if None.
+      model_path: how the model is named, for run.json and messages.
+      model_config: the architecture; its length and its vocabulary must be those of the puzzles.
+      config: everything else.
+      runs: folder of all runs.
+      resume: insist that there is a run to go on with. Without it a run is resumed if there is one.
+      start: folder of another run, whose newest parameters a new run begins with; None draws them.
+      stream: where progress is shown, such as sys.stdout; nowhere if None.
+
+    Returns:
+      The outcome, with the final state. SIGTERM and SIGINT end the run early, after a checkpoint.
 
     Raises:
-      UserError: the data do not fit the model, the loss is not finite, or a checkpoint could not
-        be written or read.
+      UserError: bad configuration, puzzles or folder; a checkpoint could not be written or read; or
+        the loss or a parameter was not finite (the state before stays in the last checkpoint).
     """
-    for name, data in (("train", train), ("valid", valid)):
-        _check(name, data(0), config)
-    mesh = sharding.build_mesh(settings.mesh)
-    steps = build_puzzle_steps(config, settings, train.batch, mesh)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        first = checkpoints.latest_step() or 0
-        state = checkpoints.restore(first, steps.abstract) if first else steps.init()
-        truncate_after(folder / "metrics.jsonl", first)
-        log = stack.enter_context(MetricsLog(folder))
-        scores = score(steps, valid, state, mesh) if first == settings.steps else None
-        rows = sharding.host_rows(train.batch)
-        ahead = prefetch(train, first, settings.steps, rows)
-        for step, batch in stack.enter_context(contextlib.closing(ahead)):
-            state, metrics = steps.train(state, _put(batch, mesh))
-            now = step + 1
-            if now % settings.log_every == 0 or now == settings.steps:
-                values = _means(jax.device_get(metrics), train.batch)
-                report(log, stream, now, values, "train")
-                if not np.isfinite(values["loss"]):
-                    raise UserError(
-                        f"The loss of step {now} is {values['loss']}. Lower the learning rate; the"
-                        f" last good state is that of step {checkpoints.latest_step() or 0}."
-                    )
-            if now % settings.eval_every == 0 or now == settings.steps:
-                scores = score(steps, valid, state, mesh)
-                report(log, stream, now, _summary(scores), "valid")
-                checkpoints.save(now, state, _summary(scores))
-    assert scores is not None, "the last step is evaluated"
-    return PuzzleResults(steps.merge(state), scores)
+    mesh = sharding.build_mesh(config.mesh)
+    check_size(model_config, config.data.source, made_size(config.data.source))
+    if stream is not None:
+        print(f"Making or reading the puzzles {config.data.source}.", file=stream, flush=True)
+    data = load_puzzles(config.data)
+    check_fits(model_config, data)
+    run = Run(
+        run_folder(runs, config.name, model_path), model_path, model_config, config, data.provenance
+    )
+    steps = build_puzzle_steps(model_config, config, mesh)
+    tokens = jax.ShapeDtypeStruct((config.batch, model_config.length), jnp.int32)
+    monitor = monitors.build_monitor(
+        config.monitor_names,
+        model_path,
+        pondering.solve,
+        steps.computing,
+        steps.abstract["params"],
+        Rows(tokens, tokens, jax.ShapeDtypeStruct((config.batch,), jnp.int32)),
+        mesh,
+    )
+    batches = data.batches(config.batch, config.seed)
+    with open_run(run, steps, resume=resume, start=start, stream=stream) as now:
+        sums: list[dict[str, float]] = []  # of the steps since the last line
+
+        def update(step: int, host_rows: Rows[np.ndarray]) -> Settling:
+            rows = _put(host_rows, mesh)
+            now.state, metrics = steps.train(now.state, rows)
+            watched = None
+            if monitor is not None and due(step + 1, config.monitor_every):
+                watched = monitor(now.state["params"], rows)
+            return Settling(step + 1, metrics, watched)
+
+        def settle(waiting: Settling) -> None:
+            step, metrics, watched = waiting
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not numbers.pop("healthy"):
+                now.checkpoints.wait()
+                good = now.checkpoints.latest_step()
+                kept = "no checkpoint was written yet"
+                raise UserError(
+                    f"Stopped at step {step}: loss {numbers['loss']}, and not all parameters are"
+                    f" finite; {kept if good is None else f'checkpoint {good} is good'}. Lower"
+                    " optimizer.learning_rate, or use precision float32."
+                )
+            sums.append(numbers | {"seconds": now.watch.lap()})
+            if watched is not None:
+                now.log.log(step, monitors.summary(watched), kind="monitor")
+            if due(step, config.log_every) or step == config.steps:
+                line = _means(sums, config.batch)
+                sums.clear()
+                now.log.log(step, line)
+                now.progress.update(
+                    step,
+                    loss=line["loss"],
+                    solved=line.get("exact_accuracy"),
+                    puzzles_per_second=line["puzzles_per_second"],
+                )
+
+        def evaluation(step: int, puzzles: int) -> PuzzleScores:
+            scores = score(steps, averaged(now.state), data, config.batch, mesh, puzzles=puzzles)
+            now.log.log(step, dataclasses.asdict(scores), kind="valid")
+            now.progress.note(f"step {step}  {scores}")
+            return scores
+
+        step = run_steps(
+            now,
+            batches,
+            rows=sharding.host_rows(config.batch, mesh),
+            update=update,
+            settle=settle,
+            evaluate=lambda step: evaluation(step, config.eval_puzzles),
+        )
+        done = step >= config.steps
+        return Outcome(
+            run,
+            now.state,
+            step,
+            stopped_by=None if done else now.stopped[0],
+            data=data,
+            evaluation=evaluation(step, FINAL * config.eval_puzzles) if done else None,
+            model=None
+            if hosts.several()
+            else steps.merge(sharding.on_one_device(averaged(now.state), mesh)),
+        )
 
 
-def score(steps: PuzzleSteps, data: OrderedBatches, state: State, mesh: Mesh) -> PuzzleScores:
-    """Lets every puzzle of a pass have all segments, and says what was solved after each."""
-    parts = []
-    for step in range(data.num_batches):
-        rows = _put(data(step, sharding.host_rows(data.batch)), mesh)
-        right, solved, halts = jax.device_get(steps.evaluate(state, rows))
-        real = min(data.batch, data.count - step * data.batch)
-        parts.append([x[:, :real] for x in (right, solved, halts)])
-    right, solved, halts = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+def evaluate_puzzles_run(
+    folder: Path,
+    *,
+    source: str | None = None,
+    batches: int | None = None,
+    step: int | None = None,
+    ema: bool = False,
+) -> tuple[PuzzleScores, int]:
+    """Scores a trained solver on one device.
+
+    Args:
+      folder: the run.
+      source: other puzzles; the run's if None. Those that are held out are solved.
+      batches: how many batches, spread over them; all if None.
+      step: which checkpoint; the newest if None.
+      ema: the running average instead of the parameters.
+
+    Returns:
+      The scores and the step that was scored.
+
+    Raises:
+      UserError: the run, checkpoint or puzzles cannot be read, or do not fit each other.
+    """
+    run, model, data, step = load_solver(folder, source=source, step=step, ema=ema)
+    mesh = sharding.build_mesh("data=1")
+    steps = build_puzzle_steps(run.model_config, run.config, mesh)
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    puzzles = None if batches is None else batches * run.config.batch
+    return score(steps, params, data, run.config.batch, mesh, puzzles=puzzles), step
+
+
+class LoadedSolver(NamedTuple):
+    """A trained solver and what it is asked."""
+
+    run: Run
+    model: HRM
+    data: PuzzleData
+    step: int  # updates made
+
+
+def load_solver(
+    folder: Path, *, source: str | None = None, step: int | None = None, ema: bool = False
+) -> LoadedSolver:
+    """Loads a trained solver with its puzzles; arguments as of `evaluate_puzzles_run`.
+
+    Raises:
+      UserError: the folder is no run of a solver, holds no such checkpoint, or the puzzles cannot
+        be read or do not fit it.
+    """
+    run = read_run(folder)
+    if not isinstance(run.config, PuzzleConfig):
+        raise UserError(f"{folder} is the run of a language model, which solves no puzzles.")
+    data = load_puzzles(
+        dataclasses.replace(run.config.data, source=source or run.config.data.source)
+    )
+    check_fits(run.model_config, data)
+    model, step = trained_model(run, step=step, ema=ema)
+    return LoadedSolver(run, model, data, step)
+
+
+def score(
+    steps: PuzzleSteps,
+    params: Any,
+    data: PuzzleData,
+    batch: int,
+    mesh: Mesh,
+    *,
+    puzzles: int | None = None,
+) -> PuzzleScores:
+    """Lets held-out puzzles have all segments, and says what was solved after each.
+
+    Args:
+      steps: the run's compiled functions.
+      params: parameters, on the mesh.
+      data: whose held-out side is solved.
+      batch: of the run.
+      mesh: where batches go.
+      puzzles: how many, spread over all; all of them if None.
+    """
+    batches = data.held_out(batch, puzzles)
+    votes = arc.Votes(data.names) if data.names and data.tasks and puzzles is None else None
+    found: list[tuple[np.ndarray, ...]] = []
+    for index in range(batches.num_batches):
+        rows = _put(batches(index, sharding.host_rows(batch, mesh)), mesh)
+        answers, right, solved, q = jax.device_get(steps.evaluate(params, rows))
+        real = min(batch, batches.count - index * batch)
+        found.append((right[:, :real], solved[:, :real], (q[..., 0] > q[..., 1])[:, :real]))
+        if votes is not None:
+            votes.add(batches(index), answers[-1], q[-1, :, 0])
+    right, solved, halts = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
     halts[-1] = True
     end = np.argmax(halts, axis=0)
     return PuzzleScores(
-        exact=np.mean(solved, axis=1),
-        accuracy=np.mean(right, axis=1),
+        exact=tuple(np.mean(solved, axis=1).tolist()),
+        accuracy=tuple(np.mean(right, axis=1).tolist()),
         halted_exact=float(np.mean(solved[end, np.arange(len(end))])),
         halted_segments=float(np.mean(end + 1)),
+        puzzles=batches.count,
+        two_attempts=None if votes is None else votes.score(data.tasks or ()),
     )
 
 
-def _put(rows: HostRows, mesh: Mesh) -> Rows:
+def check_fits(model_config: HRMConfig, data: PuzzleData) -> None:
+    """Checks that model and puzzles belong together.
+
+    Raises:
+      UserError: they differ in length, or the puzzles have more tokens or vectors than the model.
+    """
+    source = data.provenance["source"]
+    check_size(model_config, source, (data.length, data.vocabulary))
+    if model_config.puzzle_width and data.identifiers > model_config.puzzles:
+        raise UserError(
+            f"{source} has {data.identifiers} vectors of puzzles, the model has room for"
+            f" {model_config.puzzles}. Train one with --model.puzzles {data.identifiers}."
+        )
+
+
+def check_size(model_config: HRMConfig, source: str, size: tuple[int, int] | None) -> None:
+    """Checks that a model reads puzzles of so many places and tokens, if they are known.
+
+    Raises:
+      UserError: it does not.
+    """
+    if size is not None and size != (model_config.length, model_config.vocab_size):
+        length, vocabulary = size
+        raise UserError(
+            f"{source} has puzzles of {length} places and {vocabulary} tokens, the model"
+            f" reads {model_config.length} places and {model_config.vocab_size} tokens. Choose"
+            f" other puzzles by --data, or train a model with --model.length {length}"
+            f" --model.vocab-size {vocabulary}."
+        )
+
+
+def _put(rows: Rows[np.ndarray], mesh: Mesh) -> Rows[Array]:
     return Rows(*sharding.put_rows(tuple(rows), mesh))
 
 
-def _means(metrics: dict[str, Any], batch: int) -> dict[str, float]:
+def _means(steps: list[dict[str, float]], batch: int) -> dict[str, float]:
     """Losses per row, and the rest per row that halted, of which there may be none."""
-    values = {name: float(value) for name, value in metrics.items()}
-    count = values.pop("count")
-    means = {name: values.pop(name) / batch for name in LOSSES if name in values}
-    return {"loss": values.pop("loss"), **means, "halted": count} | (
-        {name: value / count for name, value in values.items()} if count else {}
-    )
-
-
-def _summary(scores: PuzzleScores) -> dict[str, float]:
-    return {
-        "exact_accuracy": float(scores.exact[-1]),
-        "accuracy": float(scores.accuracy[-1]),
-        "halted_exact_accuracy": scores.halted_exact,
-        "halted_segments": scores.halted_segments,
+    sums = {name: sum(step[name] for step in steps) for name in steps[0]}
+    count, rows = sums.pop("count"), len(steps) * batch
+    means = {
+        "loss": sums.pop("loss") / len(steps),
+        "learning_rate": sums.pop("learning_rate") / len(steps),
+        "puzzles_per_second": rows / sums.pop("seconds"),
+        **{name: sums.pop(name) / rows for name in LOSSES if name in sums},
+        "halted": count / len(steps),
     }
-
-
-def _check(name: str, rows: Any, config: HRMConfig) -> None:
-    """Refuses a batch that the model cannot read."""
-    length = rows.tokens.shape[1]
-    largest = max(int(rows.tokens.max()), int(rows.labels.max()))
-    if length != config.length or largest >= config.vocab_size:
-        raise UserError(
-            f"{name}: puzzles of {length} tokens up to {largest} do not fit a model of"
-            f" {config.length} tokens of a vocabulary of {config.vocab_size}."
-        )
-    if config.puzzle_width and int(rows.puzzle.max()) >= config.puzzles:
-        raise UserError(
-            f"{name}: there is a puzzle {int(rows.puzzle.max())}, but the model has vectors for"
-            f" {config.puzzles}."
-        )
+    return means | ({name: total / count for name, total in sums.items()} if count else {})

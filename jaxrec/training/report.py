@@ -52,16 +52,17 @@ def plot_curves(folder: Path) -> Path | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
     except ImportError:
         return None
     lines = read(folder / "metrics.jsonl")
     training = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "valid"]
-    measured = [line for line in lines if line["kind"] == "model"]
+    measured = [line for line in lines if line["kind"] in ("model", "monitor")]
     depths = list(validation[-1]["bits_per_byte"]) if validation else []
     looped = len(depths) > 1
 
-    names = [name for name in (measured[-1] if measured else {}) if name not in LINE]
+    names = list(dict.fromkeys(name for line in measured for name in line if name not in LINE))
     rows = -(-len(names) // MEASURES_PER_ROW)
     wide = looped or rows
     figure = Figure(figsize=(10 if wide else 5.5, 4 + 2 * rows), layout="constrained")
@@ -93,6 +94,7 @@ def plot_curves(folder: Path) -> Path | None:
             [int(depth) for depth in depths], validation[-1]["bits_per_byte"].values(), marker="o"
         )
         panels[1].set_xscale("log", base=2)
+        panels[1].xaxis.set_major_formatter(ScalarFormatter())
         panels[1].set(
             xlabel="loops of the core", ylabel="bits per byte", title="validation, last step"
         )
@@ -100,8 +102,7 @@ def plot_curves(folder: Path) -> Path | None:
         small = part.subplots(1, MEASURES_PER_ROW)
         shown = names[row * MEASURES_PER_ROW : (row + 1) * MEASURES_PER_ROW]
         for panel, name in zip(small, shown, strict=False):
-            points = [(line["step"], line[name]) for line in measured if name in line]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color="0.3")
+            _draw(panel, [(line["step"], line[name]) for line in measured if name in line])
             panel.set(title=name.replace("_", " "))
             panel.title.set_size("small")
         for panel in small[len(shown) :]:
@@ -113,3 +114,14 @@ def plot_curves(folder: Path) -> Path | None:
     target = folder / "curves.png"
     figure.savefig(target, dpi=130)
     return target
+
+
+def _draw(panel: Any, points: list[tuple[int, Any]]) -> None:
+    """A number over steps; of several, such as one of each layer, those of the last step."""
+    value = points[-1][1]
+    if isinstance(value, dict):
+        panel.plot(list(value), list(value.values()), marker="o", markersize=3, color="0.3")
+    elif isinstance(value, list):
+        panel.bar(range(1, len(value) + 1), value, color="0.6")
+    else:
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color="0.3")

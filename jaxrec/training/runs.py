@@ -3,8 +3,10 @@
 runs/<name>/run.json        model and training configuration, data provenance, versions
            /metrics.jsonl   one line per interval
            /checkpoints/    by step
-           /tokenizer.json  a copy of the one that was used, if it has a file
+           /checkpoints-damaged/  those that could not be read, moved there when a run went on
+           /tokenizer.json  a copy of the one that was used, if text was read and it has a file
            /samples.txt  curves.png  report.json
+           /lock            held by the process that writes here, see `jaxrec.training.lock`
            /bad_batch.npz   after a loss that is not finite
 """
 
@@ -13,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +24,17 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 import jaxrec
-from jaxrec.config import from_dict, load_object, to_dict
+from jaxrec.config import from_dict, load_object, read_json, to_dict
 from jaxrec.errors import UserError
-from jaxrec.models.protocol import LanguageModelConfig
+from jaxrec.models.hrm import HRMConfig
 from jaxrec.training.checkpoint import Checkpoints
-from jaxrec.training.config import TrainConfig
+from jaxrec.training.config import PuzzleConfig, RunConfig, TrainConfig
 from jaxrec.training.data import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUN_LAYOUT = 1
 """Version of run.json; a folder of another version is refused."""
-
-FIXED_ON_RESUME = ("seed", "batch", "time", "accumulate", "precision")
-"""Fields of the training configuration that a resumed run may not change: its numbers would be
-another run's."""
+TRUSTED = "JAXREC_TRUSTED_MODULES"
+"""Environment variable: modules, with commas between, that a run.json may have imported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Run:
 
     folder: Path
     model_path: str  # such as "jaxrec.models.huginn:TINY", from which the run was launched
-    model_config: LanguageModelConfig
-    config: TrainConfig
+    model_config: Any  # of a language model, or of a solver of puzzles
+    config: Any  # of the kind that `config_class` says
     data: dict[str, Any]  # provenance
 
     @property
@@ -51,8 +52,8 @@ class Run:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
-    def write(self, tokenizer: Tokenizer) -> None:
-        """Writes the tokenizer's files, then run.json as a whole or not at all."""
+    def write(self, tokenizer: Tokenizer | None = None) -> None:
+        """Writes the tokenizer's files, if text is read, then run.json as a whole or not at all."""
         kind = type(self.model_config)
         content = {
             "layout": RUN_LAYOUT,
@@ -64,10 +65,16 @@ class Run:
             "versions": versions(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(self.folder)
+        if tokenizer is not None:
+            tokenizer.save(self.folder)
         partial = self.folder / "run.json.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(partial, self.folder / "run.json")
+
+
+def config_class(model_config: Any) -> type[RunConfig]:
+    """What a run of such a model is configured by."""
+    return PuzzleConfig if isinstance(model_config, HRMConfig) else TrainConfig
 
 
 def read_run(folder: Path) -> Run:
@@ -78,41 +85,72 @@ def read_run(folder: Path) -> Run:
         understood.
     """
     file = folder / "run.json"
-    if not file.exists():
+    if not file.is_file():
         hint = _runs_beside(folder)
         raise UserError(f"{folder} is not a run folder: it holds no run.json.{hint}")
     try:
-        content = json.loads(file.read_text())
-        layout = content["layout"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged ({error!r}). Restore it, or start a new run."
-        ) from error
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}). Restore it, or start a new run.") from error
+    if not isinstance(content, dict) or "layout" not in content:
+        raise UserError(f"{file} is damaged: it has no layout. Restore it, or start a new run.")
+    layout = content["layout"]
     if layout != RUN_LAYOUT:
+        versions = content.get("versions")
+        made = versions.get("jaxrec") if isinstance(versions, dict) else None
         raise UserError(
             f"{folder} has run layout {layout}; this jaxrec reads {RUN_LAYOUT}."
-            f" Use the version it was made with: {content.get('versions', {}).get('jaxrec')}."
+            f" Use the version it was made with: {made}."
         )
-    try:
-        model_class = load_object(content["model_class"])
-        return Run(
-            folder,
-            content["model"],
-            from_dict(model_class, content["model_config"]),
-            from_dict(TrainConfig, content["train"]),
-            content["data"],
-        )
-    except KeyError as error:
+    kinds = {"model": str, "model_class": str, "model_config": dict, "train": dict, "data": dict}
+    for name, wanted in kinds.items():
+        if name not in content:
+            raise UserError(f"{file} lacks the field '{name}'. Restore it, or start a new run.")
+        if not isinstance(content[name], wanted):
+            raise UserError(
+                f"{file}: {name} must be a {wanted.__name__}, got {content[name]!r}. Restore it, or"
+                " start a new run."
+            )
+    model_config: Any = from_dict(
+        _model_class(file, content["model_class"]), content["model_config"]
+    )
+    return Run(
+        folder,
+        content["model"],
+        model_config,
+        from_dict(config_class(model_config), content["train"]),
+        content["data"],
+    )
+
+
+def _model_class(file: Path, path: str) -> type[Any]:
+    """The class of a model's configuration. To import a module is to run it, so a file may name
+    only modules of jaxrec, those already imported, and those that the user trusts by name.
+
+    Raises:
+      UserError: it is another module, or no such class.
+    """
+    module = path.partition(":")[0]
+    trusted = os.environ.get(TRUSTED, "").split(",")
+    known = module.startswith("jaxrec.") or module in sys.modules or module in trusted
+    if not known:
         raise UserError(
-            f"{file} lacks the field {error}. Restore it, or start a new run."
-        ) from error
+            f"{file} asks for code from the module {module!r}, which is not of jaxrec, so it was"
+            f" not run. If you trust it, set {TRUSTED}={module}."
+        )
+    found = load_object(path)
+    if not (
+        isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "build")
+    ):
+        raise UserError(f"{file}: {path} is no configuration of a model. Restore it.")
+    return found
 
 
 def check_same_run(old: Run, new: Run) -> None:
     """Refuses to go on in a folder that holds another run.
 
     Raises:
-      UserError: model, data or a field of FIXED_ON_RESUME differ; the message names what.
+      UserError: model, data or a field of `config.FIXED` differ; the message names what.
     """
     advice = "Choose another --name, or repeat the options of the run that is there."
     if type(old.model_config) is not type(new.model_config) or old.model_config != new.model_config:
@@ -121,7 +159,7 @@ def check_same_run(old: Run, new: Run) -> None:
             f"{_first_difference(old.model_config, new.model_config)}. {advice}"
         )
     pairs = [
-        (name, getattr(old.config, name), getattr(new.config, name)) for name in FIXED_ON_RESUME
+        (name, getattr(old.config, name), getattr(new.config, name)) for name in new.config.FIXED
     ]
     optimizers = (to_dict(old.config.optimizer), to_dict(new.config.optimizer))
     pairs += [
@@ -139,7 +177,7 @@ def check_same_run(old: Run, new: Run) -> None:
 
 
 class Loaded(NamedTuple):
-    """A trained model and what belongs to it."""
+    """A trained language model and what belongs to it."""
 
     model: Any
     tokenizer: Tokenizer
@@ -148,7 +186,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> Loaded:
-    """Loads a trained model for use on one device.
+    """Loads a trained language model for use on one device.
 
     Args:
       folder: the run.
@@ -159,10 +197,22 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
       The model, its tokenizer, what run.json says, and the step; unpacks as a tuple.
 
     Raises:
-      UserError: the folder is no run or holds no such checkpoint, or the checkpoint is damaged.
+      UserError: the folder is no run of a language model or holds no such checkpoint, or the
+        checkpoint is damaged.
     """
     run = read_run(folder)
+    if isinstance(run.config, PuzzleConfig):
+        raise UserError(
+            f"{folder} is the run of a solver of puzzles, which reads no text;"
+            f" `jaxrec eval {folder} --show` lets it solve one."
+        )
     tokenizer = load_tokenizer(tokenizer_of(run))
+    model, step = trained_model(run, step=step, ema=ema)
+    return Loaded(model, tokenizer, run, step)
+
+
+def trained_model(run: Run, *, step: int | None = None, ema: bool = False) -> tuple[Any, int]:
+    """The model of any run on one device, and the step; arguments and errors as of `load_model`."""
     graph, variables = nnx.split(nnx.eval_shape(lambda: run.model_config.build(rngs=nnx.Rngs(0))))
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -176,12 +226,24 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
         if step not in there:
             raise UserError(f"{run.folder} has no checkpoint of step {step}. It has: {there}.")
         params = checkpoints.restore_params(step, abstract, average=ema)
-    return Loaded(nnx.merge(graph, params), tokenizer, run, step)
+    return nnx.merge(graph, params), step
 
 
 def tokenizer_of(run: Run) -> str:
-    """How `load_tokenizer` finds the tokenizer of a run: the copy in its folder if there is one."""
-    return str(run.folder) if (run.folder / TOKENIZER_FILE).exists() else run.data["tokenizer"]
+    """How `load_tokenizer` finds the tokenizer of a run: the copy in its folder if there is one.
+
+    Raises:
+      UserError: there is none, and run.json names none.
+    """
+    if (run.folder / TOKENIZER_FILE).exists():
+        return str(run.folder)
+    name = run.data.get("tokenizer")
+    if not isinstance(name, str):
+        raise UserError(
+            f"{run.folder} holds no {TOKENIZER_FILE}, and its run.json names no tokenizer. Put the"
+            " one that the model reads there."
+        )
+    return name
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError, nearest
-from jaxrec.layers.axes import LOGICAL_TO_MESH, MESH_AXES, mesh_axes
+from jaxrec.layers.axes import LOGICAL_TO_MESH, MESH_AXES, parameter_axes
 
 Tree = Any
 T = TypeVar("T")
@@ -92,9 +92,9 @@ def parameter_shardings(model: Model, mesh: Mesh) -> Tree:
 
     def place(path: tuple[Any, ...], variable: nnx.Variable) -> NamedSharding:
         names = variable.get_metadata("axes", None) or ()
-        parts: list[tuple[str, ...] | None] = [None] * (variable.ndim - len(names))
-        sizes = variable.shape[len(parts) :]
-        for name, size, axes in zip(names, sizes, mesh_axes(names), strict=True):
+        parts = parameter_axes(names, variable.shape, mesh.shape)
+        stacked = variable.ndim - len(names)
+        for name, size, axes in zip(names, variable.shape[stacked:], parts[stacked:], strict=True):
             ways = math.prod(mesh.shape[axis] for axis in axes)
             if size % ways:
                 where = "/".join(map(str, path))
@@ -102,8 +102,7 @@ def parameter_shardings(model: Model, mesh: Mesh) -> Tree:
                     f"parameter {where}: its axis {name} has size {size}, which does not divide by"
                     f" {'*'.join(axes)}={ways} of the mesh. Choose another mesh or another size."
                 )
-            parts.append(axes or None)
-        return NamedSharding(mesh, PartitionSpec(*parts))
+        return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in parts)))
 
     return _map_variables(place, model)
 
@@ -209,19 +208,20 @@ def check_batch(batch: int, time: int, mesh: Mesh) -> None:
             )
 
 
-def host_rows(batch: int) -> slice:
-    """Returns the rows of the global batch that this host makes."""
-    share = batch // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def host_rows(batch: int, mesh: Mesh) -> slice:
+    """Returns the rows of the global batch that the devices of this process need.
+
+    Where they need rows that do not follow each other, those between are among them. Processes that
+    share a row, because time or width is spread over them, both make it.
+    """
+    return slice(*_needed(batch, mesh))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the mesh.
 
     Args:
-      batch: arrays (b t), the same sequences on no two hosts: each passes its own share of the
-        global batch, in
-        the order of the process index.
+      batch: arrays (b t), the `host_rows` of the global batch.
       mesh: the mesh.
 
     Returns:
@@ -231,12 +231,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
       UserError: sequences or tokens do not divide by the mesh.
     """
     rows, time = next(iter(batch.values())).shape
-    check_batch(rows * jax.process_count(), time, mesh)
+    check_batch(_place_of(rows, mesh)[1], time, mesh)
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
-        for name, array in batch.items()
-    }
+    return {name: _put(np.asarray(array), sharding) for name, array in batch.items()}
 
 
 def placed(
@@ -267,11 +264,38 @@ def placed(
 
 
 def put_rows(batch: Tree, mesh: Mesh) -> Tree:
-    """Puts arrays (b ...) on the mesh, their rows split over data and fsdp; each host passes its
-    own share of the global batch, in the order of the process index.
+    """Puts arrays (b ...) on the mesh, their rows split over data and fsdp; each process passes the
+    `host_rows` of the global batch.
     """
     place = NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+    return jax.tree.map(lambda x: _put(np.asarray(x), place), batch)
+
+
+def _put(rows: np.ndarray, place: NamedSharding) -> jax.Array:
+    """The global array of which this process has some rows."""
+    first, total = _place_of(len(rows), place.mesh)
+
+    def shard(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(total)
+        return rows[(slice(start - first, stop - first), *index[1:])]
+
+    return jax.make_array_from_callback((total, *rows.shape[1:]), place, shard)
+
+
+def _place_of(rows: int, mesh: Any) -> tuple[int, int]:
+    """The first of these `host_rows` in the global batch, and the rows of that."""
+    ways = math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
+    start, stop = _needed(ways, mesh)
+    total = rows * ways // (stop - start)
+    return start * total // ways, total
+
+
+def _needed(batch: int, mesh: Mesh) -> tuple[int, int]:
+    """From the first to past the last row that devices of this process need."""
+    place = NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+    needed = place.addressable_devices_indices_map((batch,)).values()
+    ends = [index[0].indices(batch)[:2] for index in needed if index is not None]
+    return min(start for start, _ in ends), max(stop for _, stop in ends)
 
 
 def _map_variables(function: Callable[[tuple[Any, ...], nnx.Variable], Any], model: Model) -> Tree:

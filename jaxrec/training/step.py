@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
+from jaxrec.models.protocol import LanguageModelConfig, loop_inputs, training_call
 from jaxrec.training import optim, sharding
 from jaxrec.training.config import TrainConfig
 from jaxrec.training.losses import token_losses
@@ -42,6 +42,7 @@ class Steps(NamedTuple):
     ]  # (params, batch, depth, key): what `train` differentiates, not compiled
     abstract: State  # shapes, dtypes and shardings of the state
     merge: Callable[[Any], Any]  # params -> model
+    computing: Callable[[Any], Any]  # params -> model in the dtypes in which it computes
 
 
 def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Mesh) -> Steps:
@@ -65,6 +66,9 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
     def merge(params: Any) -> Any:
         return nnx.merge(graph, params)
 
+    def computing(params: Any) -> Any:
+        return merge(cast_matrices(params, matrices, compute_dtype))
+
     def init() -> State:
         model = model_config.build(rngs=nnx.Rngs(config.seed))
         params = nnx.to_pure_dict(nnx.split(model)[1])
@@ -76,15 +80,17 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
             "healthy": jnp.ones((), jnp.bool_),
         }
 
-    def logits(params: Any, batch: Batch, depth: Array, key: Array) -> Array:
-        model = merge(cast_matrices(params, matrices, compute_dtype))
-        inputs = loop_inputs(model_config, depth, key)
-        return model(
-            batch["inputs"], segment_ids=batch["segment_ids"], remat=config.remat, **inputs
-        )[0]
-
-    def summed_loss(params: Any, batch: Batch, depth: Array, key: Array) -> tuple[Array, Array]:
-        losses, counts = token_losses(logits(params, batch, depth, key), batch["labels"])
+    def summed_loss(
+        params: Any, batch: Batch, depth: Array, key: Array, *, training: bool = True
+    ) -> tuple[Array, Array]:
+        model = computing(params)
+        options = loop_inputs(model_config, depth, key)
+        options |= {"segment_ids": batch["segment_ids"], "remat": config.remat}
+        if training:
+            logits, penalty = training_call(model, batch["inputs"], key, options)
+        else:
+            logits, penalty = model(batch["inputs"], **options)[0], None
+        losses, counts = token_losses(logits, batch["labels"], penalty)
         return jnp.sum(losses), jnp.sum(counts, dtype=losses.dtype)
 
     def loss(params: Any, batch: Batch, depth: Array, key: Array) -> Array:
@@ -106,8 +112,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
             def add(sums: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, sums, one(*inputs)), None
 
-            micro = jax.tree.map(lambda x: _microbatches(x, config.accumulate), batch)
-            keys = jax.random.split(key, config.accumulate)
+            micro, keys = microbatches(batch, key, config.accumulate)
             start = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(()), jnp.zeros(())))
             sums, _ = jax.lax.scan(add, start, (micro, keys))
         grads, total, count = sums
@@ -151,10 +156,11 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         return new, metrics
 
     def evaluate(params: Any, batch: Batch, depth: Array) -> tuple[Array, Array]:
-        return summed_loss(params, batch, depth, jax.random.key(config.seed))
+        key = jax.random.key(config.seed)
+        return summed_loss(params, batch, depth, key, training=False)
 
     def measure(params: Any, batch: Batch) -> dict[str, Array]:
-        model = merge(cast_matrices(params, matrices, compute_dtype))
+        model = computing(params)
         if not hasattr(model, "measure"):
             return {}
         return model.measure(batch["inputs"], segment_ids=batch["segment_ids"])
@@ -169,6 +175,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         loss=loss,
         abstract=abstract,
         merge=merge,
+        computing=computing,
     )
 
 
@@ -192,7 +199,12 @@ def cast_matrices(params: Any, matrices: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, matrices)
 
 
-def _microbatches(x: Array, count: int) -> Array:
+def microbatches(batch: Batch, key: Array, count: int) -> tuple[Batch, Array]:
+    """The parts of a batch and a key for each, with a leading axis of `count`."""
+    return jax.tree.map(lambda x: _parts(x, count), batch), jax.random.split(key, count)
+
+
+def _parts(x: Array, count: int) -> Array:
     """(b ...) to (count b/count ...): every count-th row, so that rows stay on their device."""
     rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
     return jnp.swapaxes(rows, 0, 1)

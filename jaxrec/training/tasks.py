@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from jaxrec.models.protocol import loop_inputs, training_call
 from jaxrec.training import optim
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.batches import IGNORED
@@ -32,15 +33,16 @@ def train_task(
     optimizer: OptimizerConfig,
     seed: int = 0,
 ) -> TaskResults:
-    """Trains a freshly built model.
+    """Trains a freshly built model; a looped one at a depth and from a latent state that are drawn
+    anew in every step.
 
     Args:
-      config: of a language model without a loop.
+      config: of a language model.
       batch: step -> inputs and labels (b t), where a label is a token or IGNORED, and any further
         arguments of the model, such as `prefix`. Always of the same shapes.
       steps: number of updates, >= 1.
       optimizer: and its schedule.
-      seed: of the parameters.
+      seed: of the parameters, depths, latent states, and whatever else a model draws in training.
 
     Raises:
       ValueError: there is no step to make.
@@ -53,11 +55,17 @@ def train_task(
     transform = optim.build(optimizer, steps, params, stacked_axes(model))
 
     @jax.jit
-    def step(params: Any, moments: Any, batch: dict[str, Array]) -> tuple[Any, Any, Array]:
+    def step(
+        params: Any, moments: Any, batch: dict[str, Array], depth: Array, index: Array
+    ) -> tuple[Any, Any, Array]:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+
         def loss(params: Any) -> Array:
-            options = dict(batch)
+            options = batch | loop_inputs(config, depth, key)
             inputs, labels = options.pop("inputs"), options.pop("labels")
-            return cross_entropy(nnx.merge(graph, params)(inputs, **options)[0], labels)
+            model = nnx.merge(graph, params)
+            logits, penalty = training_call(model, inputs, key, options)
+            return cross_entropy(logits, labels, penalty)
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, moments = transform.update(gradient, moments, params)
@@ -65,17 +73,49 @@ def train_task(
 
     moments, losses = jax.jit(transform.init)(params), []
     for i in range(steps):
-        params, moments, value = step(params, moments, batch(i))
+        depth = jnp.int32(config.sample_depth(np.random.default_rng((seed, i))) or 0)
+        params, moments, value = step(params, moments, batch(i), depth, jnp.int32(i))
         losses.append(value)
     return TaskResults(nnx.merge(graph, params), np.array(losses))
 
 
-def task_accuracy(model: Any, batch: dict[str, np.ndarray]) -> float:
-    """Share of the labels that count for which the model's best token is the right one; arguments
-    as of a batch of `train_task`.
+def task_predictions(
+    model: Any,
+    batch: dict[str, np.ndarray],
+    *,
+    depth: int | None = None,
+    key: Array | None = None,
+) -> np.ndarray:
+    """The model's best token at every position, int32 (b t).
+
+    Args:
+      model: a language model.
+      batch: arguments as of a batch of `train_task`.
+      depth: loops of a looped model, the trained mean if None; another number compiles nothing.
+      key: draws its initial latent state; None begins at zero.
     """
-    options = dict(batch)
-    inputs, labels = options.pop("inputs"), options.pop("labels")
-    predict = jax.jit(lambda model, inputs, **options: jnp.argmax(model(inputs, **options)[0], -1))
-    counts = labels != IGNORED
-    return float(np.mean(np.asarray(predict(model, inputs, **options))[counts] == labels[counts]))
+    options: dict[str, Any] = {k: value for k, value in batch.items() if k != "labels"}
+    if model.config.mean_depth is not None:
+        options["depth"] = jnp.int32(model.config.mean_depth if depth is None else depth)
+        options["key"] = key
+    return np.asarray(_best(model, **options))
+
+
+@jax.jit
+def _best(model: Any, *, inputs: Array, **options: Any) -> Array:
+    return jnp.argmax(model(inputs, **options)[0], axis=-1).astype(jnp.int32)
+
+
+def task_accuracy(
+    model: Any,
+    batch: dict[str, np.ndarray],
+    *,
+    depth: int | None = None,
+    key: Array | None = None,
+) -> float:
+    """Share of the labels that count for which the model's best token is the right one; arguments
+    as of `task_predictions`.
+    """
+    labels = batch["labels"]
+    best, counts = task_predictions(model, batch, depth=depth, key=key), labels != IGNORED
+    return float(np.mean(best[counts] == labels[counts]))

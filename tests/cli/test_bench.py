@@ -12,16 +12,19 @@ from jax import lax
 
 from jaxrec.cli import (
     bench,
+    bench_grid,
+    bench_hrm,
     bench_matrix,
     bench_models,
     bench_newton,
     bench_scan,
     bench_train,
     main,
+    passes,
     timing,
     torch_peer,
 )
-from jaxrec.ops.time import linear_scan
+from jaxrec.ops.time import grid_scan, linear_scan
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,12 @@ def test_train_times_decoding(tmp_path, capsys):
     assert main.main(["bench", "train", *options]) == 0
     head, record = json_lines(capsys.readouterr().out)
     assert json.loads(out.read_text()) == head | {"results": [record]}
-    assert record["part"] == "decode" and record["tokens_per_s"] > 0
+    assert record["part"] == "decode" and record["batch"] == 2 and record["tokens_per_s"] > 0
+    has_torch = importlib.util.find_spec("torch") is not None
+    assert ("torch_tokens_per_s" in record) == has_torch
+    # The same report as a person reads it.
+    timing.publish(head | {"results": [record]}, as_json=False, out=None)
+    assert "torch / ours" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # seven programs of a training step to compile
@@ -153,9 +161,36 @@ def test_a_wrong_matrix_scan_is_not_timed(monkeypatch, capsys):
         return {"chunks of 8": scan, **right(rule, ())} if chunks else right(rule, ())
 
     monkeypatch.setattr(bench_matrix, "candidates", wrong)
-    monkeypatch.setattr(bench_matrix, "measure", None)  # calling it would fail
+    monkeypatch.setattr(passes, "measure", None)  # calling it would fail
     assert bench.run(bench.MatrixArguments(smoke=True, rules=("gated",))) == 1
     assert "gated, chunks of 8 is wrong: the gradient of v differs" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # twelve programs to compile
+def test_grid_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "grid.json"
+    assert main.main(["bench", "grid", "--smoke", "--json", "--out", str(out)]) == 0
+    _, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records
+    names = [x["candidate"] for x in records if x["part"] == "scan"]
+    assert names == list(bench_grid.candidates())
+    assert records[-1]["part"] == "model"
+    assert all(0 <= x < math.inf for record in records for x in numbers(record))
+    # The same report as a person reads it.
+    timing.publish(report, as_json=False, out=None)
+    assert "classifier of images" in capsys.readouterr().out
+
+
+def test_a_wrong_grid_scan_is_not_timed(monkeypatch, capsys):
+    def wrong(inputs):
+        return grid_scan(**inputs | {"k": lax.stop_gradient(inputs["k"])}, method="sequential")
+
+    right = bench_grid.candidates()
+    monkeypatch.setattr(bench_grid, "candidates", lambda: right | {"rows": wrong})
+    monkeypatch.setattr(bench_grid, "measure_model", None)  # calling it would fail
+    assert bench.run(bench.GridArguments(smoke=True)) == 1
+    assert "rows is wrong: the gradient of k differs" in capsys.readouterr().err
 
 
 def test_newton_writes_what_it_prints(tmp_path, capsys):
@@ -192,6 +227,18 @@ def test_a_torch_program_that_differs_is_not_timed(monkeypatch, capsys):
     assert "the gradient of transformer.adapter.weight by nan" in capsys.readouterr().err
 
 
+def test_a_torch_program_that_writes_another_text_is_not_timed(monkeypatch, capsys):
+    peer = bench_train.load_peer()
+    if peer is None:
+        return
+    generate = peer.Huginn.generate
+    monkeypatch.setattr(peer.Huginn, "generate", lambda self, *inputs: generate(self, *inputs) + 1)
+    monkeypatch.setattr(bench_train, "load_peer", lambda: peer)
+    monkeypatch.setattr(bench_train, "measure_decoding", None)  # calling it would fail
+    assert bench.run(bench.TrainArguments(smoke=True, parts=("decode",))) == 1
+    assert "huginn_torch.py and jaxrec write different texts" in capsys.readouterr().err
+
+
 def test_the_torch_program_agrees_where_it_is_installed():
     peer = bench_train.load_peer()
     assert (peer is None) == (importlib.util.find_spec("torch") is None)
@@ -212,6 +259,7 @@ def test_models_writes_what_it_prints(tmp_path, capsys, monkeypatch):
         (system, part) for system in ("mamba", "recurrentgemma") for part in ("forward", "decode")
     ]
     assert all(0 < x["jaxrec"]["tokens_per_s"] < math.inf for x in records)
+    assert all(0 < x["bound_s"] < math.inf for x in records if x["part"] == "forward")
     # The same report as a person reads it.
     timing.publish(report, as_json=False, out=None)
     assert "tokens/s" in capsys.readouterr().out
@@ -234,6 +282,39 @@ def test_transformers_agrees_where_it_is_installed(system):
         torch_peer.refuse_differences("PyTorch", bench_models.peer_differences(peer, system))
 
 
+@pytest.mark.slow  # a step of training for every number of cycles
+def test_hrm_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_hrm, "load_peer", lambda: None)
+    out = tmp_path / "hrm.json"
+    options = ["--smoke", "--cycles", "1", "3", "--json", "--out", str(out)]
+    assert main.main(["bench", "hrm", *options]) == 0
+    head, *records = json_lines(capsys.readouterr().out)
+    report = json.loads(out.read_text())
+    assert report["results"] == records and head["torch"] is None
+    assert [x["part"] for x in records] == ["segment", "memory", "memory"]
+    assert all(0 < x < math.inf for record in records for x in numbers(record))
+    few, many = (x["temp_mib"] for x in records[1:])
+    assert many <= 1.1 * few
+    # The same report as a person reads it.
+    timing.publish(report, as_json=False, out=None)
+    assert "A training segment of HRM" in capsys.readouterr().out
+
+
+def test_the_torch_program_of_hrm_agrees_where_it_is_installed():
+    peer = bench_hrm.load_peer()
+    assert (peer is None) == (importlib.util.find_spec("torch") is None)
+    if peer is not None:
+        torch_peer.refuse_differences("PyTorch", bench_hrm.peer_differences(peer))
+
+
+def test_a_torch_program_of_hrm_that_differs_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench_hrm, "load_peer", lambda: "a peer")
+    monkeypatch.setattr(bench_hrm, "peer_differences", lambda peer: {"the loss": float("nan")})
+    monkeypatch.setattr(bench_hrm, "measure", None)  # calling it would fail
+    assert bench.run(bench.HRMArguments(smoke=True)) == 1
+    assert "the loss by nan" in capsys.readouterr().err
+
+
 def test_candidates_run_in_turns():
     order = []
     times = timing.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 8)
@@ -253,11 +334,15 @@ def test_candidates_run_in_turns():
         (["scan", "--round", "3"], "--round"),
         (["matrix", "--chunks", "0"], "--chunks: expected numbers >= 1, got (0,)"),
         (["matrix", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["grid", "--images", "10"], "--images: sides must be multiples of 4, got 10"),
+        (["grid", "--sides", "0"], "--sides: expected numbers >= 1, got (0,)"),
         (["newton", "--widths", "0"], "--widths: expected numbers >= 1, got (0,)"),
         (["newton", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["train", "--depths", "0"], "--depths: expected numbers >= 1"),
+        (["train", "--decode-batches", "0"], "--decode-batches: expected numbers >= 1"),
         (["train", "--out", "."], "is a folder"),
         (["models", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["hrm", "--cycles", "0"], "--cycles: expected numbers >= 1, got (0,)"),
         (["models", "--mlp-width", "0"], "--mlp-width must be at least 1, got 0"),
     ],
 )

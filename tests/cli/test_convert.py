@@ -105,7 +105,7 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, system, tmp_p
         (["huginn", "{published}", "{full}"], "not empty"),
         (["huginn", "{published}", "{file}"], "note.txt"),
         (["huginn", "{full}", "{new}", "--export"], "no run.json"),
-        (["s5", "{layer}", "{new}"], "holds S5, which is not a language model"),
+        (["s5", "{layer}", "{new}"], "holds S5, which is not a language model or a solver"),
     ],
 )
 def test_what_cannot_be_converted(capsys, published, layer, tmp_path, words, says):

@@ -175,7 +175,7 @@ def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
         "depth 8 ",
         "gzip -9",
         "order-3",
-        "mean depth in training",
+        "the model's own depth",
         "jaxrec generate",
     ):
         assert line in said
@@ -222,23 +222,45 @@ def test_a_configuration_file(capsys, text, tmp_path):
     note = json.loads((tmp_path / "filed" / "run.json").read_text())
     assert note["train"]["steps"] == 1
     assert note["model_config"]["layers"] == 1
+    # A file changes what a run that begins from another one has without it, such as its name.
+    file.write_text(f"steps: 1\nbatch: 8\ntime: 16\ndata:\n  source: {text}\n")
+    begun = ["train", str(tmp_path / "filed"), "--config", str(file), "--runs", str(tmp_path)]
+    assert main(begun) == 0
+    assert json.loads((tmp_path / "filed-on" / "run.json").read_text())["train"]["batch"] == 8
+    capsys.readouterr()
     file.write_text("stepss: 2\n")
     assert "Did you mean steps?" in refused(capsys, *argv)
     file.write_text("model:\n  widht: 2\n")
     assert "Did you mean width?" in refused(capsys, *argv)
 
 
-def test_list_names_every_model(capsys, monkeypatch):
+def test_list_names_every_model(capsys):
     assert main(["list", "--json"]) == 0
     rows = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
-    assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] > 0
+    assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] is None
     assert rows["jaxrec.models.sequence_classifier:LRA_IMAGE"]["experiment"]
-    monkeypatch.setattr(list_systems, "systems", lambda: list(rows.values()))  # counting takes time
+    kinds = ("huginn:TINY", "hrm:SUDOKU_4X4", "sequence_classifier:LRA_IMAGE")
+    trains_on = [rows[f"jaxrec.models.{kind}"]["trains_on"] for kind in kinds]
+    assert trains_on == ["text", "puzzles", None]
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "jaxrec.models.huginn:TINY" in shown
-    assert "3,564,976,800" in shown and "…" not in shown
+    assert "parameters" not in shown and "…" not in shown
+
+
+def test_list_counts_the_parameters_of_what_is_asked_for(capsys):
+    assert main(["list", "huginn:HUGINN", "--counts"]) == 0
+    shown = capsys.readouterr().out
+    assert "3,564,976,800" in shown and "linear_rnn" not in shown
+    assert "No configuration has 'hugin:'" in refused(capsys, "list", "hugin:")
+
+
+@pytest.mark.slow
+def test_list_counts_all():
+    rows = list_systems.systems(counts=True)
+    assert len(rows) > 40
+    assert all(row["parameters"] > 0 for row in rows)
 
 
 def test_help_names_every_command_and_is_quick(capsys):

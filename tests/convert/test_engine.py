@@ -87,6 +87,12 @@ def test_exported_tensors_are_contiguous(model):
     assert all(tensor.flags.c_contiguous for tensor in tensors.values())
 
 
+def test_a_model_is_not_written_as_another(model, tmp_path):
+    with pytest.raises(UserError, match="is one of huginn; it cannot be written as mamba"):
+        convert.export(model, tmp_path / "out", "mamba")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tree_shaped_like_the_model_is_exported_by_the_same_table(model):
     doubled = jax.tree.map(lambda leaf: 2 * leaf, model)
     table = engine.find("huginn")
@@ -169,7 +175,7 @@ def test_a_missing_shard_is_named(folder):
 def test_an_index_cannot_lead_out_of_the_folder(folder, escape):
     text = json.dumps({"weight_map": {"x": escape}})
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"shards must lie beside the index"):
+    with pytest.raises(UserError, match=r"files must lie in that folder"):
         convert.load("huginn", folder)
 
 
@@ -265,7 +271,10 @@ def test_misshapen_tensors_are_named(folder, name, change, message):
         ({"num_key_value_heads": 1}, r"num_key_value_heads must be 2, got 1"),
         ({"n_heads": 3}, r"num_attention_heads must be 3, got 2"),
         ({"mean_recurrence": 0}, r"config\.json: .*mean_depth must be >= 1, got 0"),
-        ({"tie_embeddings": True}, r"no place for lm_head\.weight"),
+        (
+            {"tie_embeddings": True},
+            r"lm_head\.weight and transformer\.wte\.weight must be the same",
+        ),
         ({"n_layers_in_coda": 2}, r"transformer\.coda\.\{i\}"),
     ],
 )

@@ -1,12 +1,25 @@
-"""The experiment's small run works."""
+"""The experiment's small run works, and the full-scale one reads as it is."""
 
 import pytest
 
-from tests.experiments.smoke import smoke
+from jaxrec.cli.train import parse
+from jaxrec.models.hrm import SUDOKU_27M
+from tests.experiments.smoke import EXPERIMENTS, smoke
 
 
-@pytest.mark.slow  # two programs to compile
+@pytest.mark.slow  # four programs to compile
 def test_smoke(tmp_path):
     results = smoke("hrm_sudoku", tmp_path)
-    assert len(results["exact_accuracy_by_segment"]) == results["max_segments"]
-    assert 1 <= results["halted_segments"] <= results["max_segments"]
+    assert len(results["models"]) == 2
+    for found in results["models"].values():
+        assert len(found["exact"]) == 4
+        assert 1 <= found["halted_segments"] <= 4
+
+
+def test_the_full_scale_run_is_the_published_one():
+    file = EXPERIMENTS / "hrm_sudoku" / "full_scale.yaml"
+    _, arguments = parse(["jaxrec.models.hrm:SUDOKU_27M", "--config", str(file), "--data", "x"])
+    assert arguments.model == SUDOKU_27M
+    train = arguments.train
+    assert (train.batch, train.optimizer.learning_rate, train.puzzle_decay) == (384, 7e-5, 1.0)
+    assert train.steps == 20_000 * 1000 // 384

@@ -1,9 +1,12 @@
 """The experiment's small run works, and its full-scale configuration can be read."""
 
+import pytest
+
 from jaxrec.cli.train import parse
 from tests.experiments.smoke import EXPERIMENTS, smoke
 
 
+@pytest.mark.slow  # a whole run of training
 def test_smoke(tmp_path):
     results = smoke("huginn", tmp_path)
     assert set(results["huginn"]["bits_per_byte"]) == {"1", "2"}

@@ -1,8 +1,11 @@
 """The experiment's small run works, and three iterations of a small gate scale are exact."""
 
+import pytest
+
 from tests.experiments.smoke import smoke
 
 
+@pytest.mark.slow  # every solver to compile
 def test_smoke(tmp_path):
     results = smoke("newton_convergence", tmp_path)
     for record in results["errors"]:

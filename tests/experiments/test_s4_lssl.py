@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.experiments.smoke import EXPERIMENTS, smoke
 
 
+@pytest.mark.slow  # every classifier to compile
 def test_smoke(tmp_path):
     results = smoke("s4_lssl", tmp_path)
     published = json.loads((EXPERIMENTS / "s4_lssl" / "results.json").read_text())

@@ -182,7 +182,7 @@ BAD = [
         r" Ask for at most 6 new tokens, or shorten the prompt\.",
     ),
     ({"max_new_tokens": 0}, r"max_new_tokens must be >= 1, got 0"),
-    ({"depth": 0}, r"depth must be >= 1, got 0\. The model was trained around 3"),
+    ({"depth": 0}, r"depth must be >= 1, got 0\. The model's own is 3"),
     ({"key": None}, r"drawing at temperature 1 needs a key\. Pass key=jax\.random\.key\(seed\)"),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrec.errors import UserError
 from jaxrec.generation import DiffusionForcing, SamplingConfig, Tape, complete, generate_diffusion
-from jaxrec.generation.diffusion_forcing import _advance
+from jaxrec.generation.diffusion_forcing.sampler import _advance
 from tests.generation.test_autoregressive import CONFIGS
 from tests.models import toy
 
@@ -52,9 +52,14 @@ def test_settled_text_is_that_of_one_token_after_the_other(config):
     "options",
     [
         FAST,
-        dataclasses.replace(FAST, freeze="latent-acceleration-2", noise=0.3, headway=2),
-        dataclasses.replace(FAST, freeze="fixed", full_prefill=False, sqrt_mixer=True, noise=0.1),
-        dataclasses.replace(FAST, freeze="token-stability", continuous=True, max_wavefront=0),
+        *(
+            pytest.param(dataclasses.replace(FAST, **changes), marks=pytest.mark.slow)
+            for changes in (
+                {"freeze": "latent-acceleration-2", "noise": 0.3, "headway": 2},
+                {"freeze": "fixed", "full_prefill": False, "sqrt_mixer": True, "noise": 0.1},
+                {"freeze": "token-stability", "continuous": True, "max_wavefront": 0},
+            )
+        ),
     ],
     ids=lambda options: options.freeze,
 )

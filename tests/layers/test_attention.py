@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.layers.attention import Attention
+from jaxrec.layers.attention import Attention, CrossAttention
 from jaxrec.layers.linear import truncated_normal
 from jaxrec.ops import attention
+from tests import references
 
 apply = jax.jit(lambda layer, *args, **options: layer(*args, **options))
 
@@ -70,3 +71,17 @@ def test_without_a_cache_none_is_returned():
 def test_heads_must_share_evenly():
     with pytest.raises(ValueError, match="4 heads cannot share 3 key-value heads evenly"):
         Attention(8, 4, kv_heads=3, init=truncated_normal(1.0), rngs=nnx.Rngs(0))
+
+
+def test_cross_attention_reads_another_sequence_without_its_padding():
+    rng = np.random.default_rng(0)
+    layer = CrossAttention(8, 2, init=truncated_normal(0.5), rngs=nnx.Rngs(0))
+    x = rng.normal(size=(2, 3, 8)).astype(np.float32)
+    source = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    is_token = np.arange(5)[None] < np.array([[5], [2]])
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(layer)[1]))
+    q, kv = references.linear(params["query"], x), references.linear(params["key_value"], source)
+    sees = np.broadcast_to(is_token[:, None], (2, 3, 5))
+    want = references.attend(q, kv[:, :, 0], kv[:, :, 1], sees).reshape(2, 3, 8)
+    got = layer(x, layer.read(source), is_token)
+    np.testing.assert_allclose(got, references.linear(params["out"], want), atol=5e-6)

@@ -72,6 +72,18 @@ def test_the_gradient_is_that_of_the_last_two_calls(model, rows):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_through_all_calls_of_the_last_cycle(model, rows):
+    """As TRM (arXiv:2510.04871) has it: cycles before are computed by themselves and held fixed."""
+    deep = with_cycles(model, high_cycles=3, low_cycles=2, low_backprop=2)
+    start, vectors = model.start(BATCH), model.vectors_of(rows.puzzle)
+    z = with_cycles(model, high_cycles=2, low_cycles=2)(rows.tokens, start, vectors)[2]
+    one = with_cycles(model, high_cycles=1, low_cycles=2, low_backprop=2)
+    got = jax.jit(jax.grad(loss))(deep, rows, start)
+    want = jax.jit(jax.grad(loss))(one, rows, z)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
 def test_full_backpropagation_differs_only_in_the_gradient(model, rows):
     start = model.start(BATCH)
     full = with_cycles(model, high_backprop=2, low_backprop=2)
@@ -82,9 +94,10 @@ def test_full_backpropagation_differs_only_in_the_gradient(model, rows):
     assert np.max(np.abs(kernels[0] - kernels[1])) > 1e-3 * np.max(np.abs(kernels[1]))
 
 
-def test_memory_does_not_grow_with_cycles(model, rows):
+@pytest.mark.parametrize("low_backprop", [1, 2])
+def test_memory_does_not_grow_with_cycles(model, rows, low_backprop):
     def bytes_of(cycles):
-        deep = with_cycles(model, high_cycles=cycles, low_cycles=cycles)
+        deep = with_cycles(model, high_cycles=cycles, low_cycles=cycles, low_backprop=low_backprop)
         compiled = jax.jit(jax.grad(loss)).lower(deep, rows, model.start(BATCH)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxrec
 from jaxrec.models.huginn import HUGINN_3_5B, TINY, HuginnConfig
 from jaxrec.ops import attention
 from tests.laws import equations
@@ -223,6 +226,23 @@ def test_left_padded_prompts_equal_unpadded_ones(model):
 def test_the_cache_has_a_slot_for_every_executed_block(model):
     assert model.init_state(2, capacity=9, depth=5).kv.v.shape == (1 + 5 * 2 + 1, 2, 2, 9, 8)
     assert model.init_state(2, capacity=9).kv.k.shape[0] == 1 + 3 * 2 + 1
+
+
+def test_the_memory_of_each_strategy_is_what_the_documentation_says():
+    text = (Path(jaxrec.__file__).parent.parent / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| (`(?:full|latest).*`) \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    model = nnx.eval_shape(lambda: HUGINN_3_5B.build(rngs=nnx.Rngs(0)))
+    for names, slots, gib in rows:
+        for strategy in re.findall(r"`([^`]+)`", names):
+            found = jax.eval_shape(
+                lambda model, strategy=strategy: model.init_state(
+                    1, capacity=4096, depth=32, strategy=strategy
+                ),
+                model,
+            )
+            assert found.kv.v.shape[0] == int(slots)
+            assert found.nbytes / 2 / 2**30 == pytest.approx(float(gib), abs=0.005)  # half: float32
 
 
 # Precision, memory, training

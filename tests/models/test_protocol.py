@@ -1,7 +1,9 @@
 """All models meet what training and generation ask of them."""
 
+import contextlib
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,19 @@ configs = pytest.mark.parametrize("config", CONFIGS, ids=named)
 def test_configs_keep_the_protocol_and_round_trip(config):
     assert isinstance(config, LanguageModelConfig)
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+@configs
+def test_numbers_that_make_no_sense_are_refused(config):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        for wrong in (-1, math.nan):
+            with pytest.raises(ValueError, match=field.name):
+                dataclasses.replace(config, **{field.name: wrong})
+        with contextlib.suppress(ValueError):  # nothing else, such as a division by zero
+            dataclasses.replace(config, **{field.name: type(value)(0)})
 
 
 @configs

@@ -1,5 +1,5 @@
-"""What every language model of recurrent blocks does: packing, streaming, a state of one size,
-gradients whatever is kept for them, and learning.
+"""What every language model of recurrent blocks does, recurrent in time or in depth: packing,
+streaming, a state of one size, gradients whatever is kept for them, and learning.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rnn import RNNConfig
 from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.universal_transformer import UniversalTransformerConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from tests.laws import equations
 from tests.models import toy
@@ -74,6 +75,17 @@ CONFIGS = [
     ),
     RNNConfig(vocab_size=13, width=16, layers=2, mlp_width=24),
     RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
+    UniversalTransformerConfig(
+        vocab_size=13,
+        width=16,
+        heads=2,
+        mlp_width=24,
+        steps=4,
+        context=32,
+        transition="conv",
+        halting="position",
+        rule="copy-halted",
+    ),
     XLSTMConfig(
         vocab_size=13,
         width=16,
@@ -94,7 +106,12 @@ def named(config):
     return " ".join([type(config).__name__, *kind])
 
 
-SAMPLE = (LinearRNNConfig, PrefixLMConfig, RecurrentGemmaConfig)  # one of each way to stack blocks
+SAMPLE = (
+    LinearRNNConfig,
+    PrefixLMConfig,
+    RecurrentGemmaConfig,
+    UniversalTransformerConfig,
+)  # one of each way to stack blocks
 configs = pytest.mark.parametrize("config", CONFIGS, ids=named)
 sample_first = pytest.mark.parametrize(
     "config",

@@ -190,6 +190,19 @@ def test_grouped_heads_equal_one_query_and_one_head_at_a_time(method, time, key_
 
 @methods
 @pytest.mark.parametrize("time", [6, 67])
+def test_without_causality_only_the_mask_hides(method, time):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, time, 4, 3)).astype(np.float32)
+    sees = rng.random((2, time, time)) < 0.5
+    sees[:, :, 0] = True
+    view = attention.View(np.zeros((2, time), np.int32), sees, np.int32(0))
+    want = references.attend(*(x.astype(np.float64) for x in (q, k, v)), sees)
+    y = attention.attend(q, k, v, view, causal=False, method=method)
+    np.testing.assert_allclose(y, want, atol=1.5e-6)
+
+
+@methods
+@pytest.mark.parametrize("time", [6, 67])
 def test_without_a_view_all_see_all(method, time):
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 2, time, 4, 3)).astype(np.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.ops.conv import causal_conv, causal_conv_2d
+from jaxrec.ops.conv import causal_conv, causal_conv_2d, centred_conv
 
 conv = jax.jit(causal_conv)
 KERNEL = np.array([[100.0], [10.0], [1.0]], np.float32)  # oldest, middle, present
@@ -86,3 +86,13 @@ def test_on_a_grid_it_sees_what_comes_before_along_both_axes():
 def test_on_a_grid_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"causal_conv_2d: x must be \(b x y e\)"):
         causal_conv_2d(np.ones((1, 2, 2, 3)), np.ones((2, 2, 2)), np.ones(3))
+
+
+def test_a_centred_convolution_sees_both_sides_and_zeros_outside():
+    y = centred_conv(column(1, 2, 3, 4), KERNEL, BIAS)
+    np.testing.assert_array_equal(y, column(12.5, 123.5, 234.5, 340.5))
+
+
+def test_a_centred_convolution_has_a_middle():
+    with pytest.raises(ValueError, match="odd number of taps, got 2"):
+        centred_conv(column(1, 2), KERNEL[:2], BIAS)

@@ -5,7 +5,7 @@ import json
 import shutil
 import textwrap
 
-from jaxrec.models import huginn, linear_rnn
+from jaxrec.models import huginn, linear_rnn, universal_transformer
 from jaxrec.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 HUGINN = dataclasses.replace(
@@ -20,6 +20,9 @@ HUGINN = dataclasses.replace(
 )
 LINEAR_RNN = dataclasses.replace(
     linear_rnn.TINY, width=16, recurrent_width=16, heads=2, mlp_width=24, layers=2, context=64
+)
+UNIVERSAL = dataclasses.replace(
+    universal_transformer.TINY, width=16, heads=2, mlp_width=24, steps=3, context=64
 )
 MODELS = {"jaxrec.models.huginn:TINY": HUGINN, "jaxrec.models.linear_rnn:TINY": LINEAR_RNN}
 

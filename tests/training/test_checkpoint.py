@@ -309,6 +309,47 @@ def test_without_an_older_step_the_advice_is_to_start_again(copy):
         read_all(copy)
 
 
+@pytest.mark.parametrize("damage", ["middle byte", "cut short"])
+def test_a_run_goes_on_from_the_newest_that_is_whole(copy, damage):
+    DAMAGES[damage](max(files_of(copy), key=lambda file: file.stat().st_size))
+    with Checkpoints(copy) as checkpoints:
+        step, restored, (line,) = checkpoints.restore_newest(abstract(state()))
+        assert step == 5
+        assert_same_bits(restored, state(5))
+        assert line.startswith(f"Checkpoint {copy / '7'} is damaged: ")
+        target = copy.with_name("copy-damaged") / "7"
+        assert line.endswith(f"Going on from step 5; the damaged folder is now {target}.")
+        checkpoints.save(7, state(8), META)
+    with Checkpoints(copy) as checkpoints:
+        step, restored, complaints = checkpoints.restore_newest(abstract(state()))
+        assert (step, complaints) == (7, ())
+        assert_same_bits(restored, state(8))
+    assert any(target.rglob("*"))  # nothing was thrown away
+
+
+def test_when_all_are_damaged_none_is_touched(copy):
+    before = sorted(copy.rglob("*"))
+    for step in ("5", "7"):
+        (copy / step / "meta" / "metadata").write_text("{")
+    with (
+        Checkpoints(copy) as checkpoints,
+        pytest.raises(checkpoint.DamagedCheckpoint, match=f"{copy / '7'} is damaged"),
+    ):
+        checkpoints.restore_newest(abstract(state()))
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_model_is_no_damage(copy):
+    other = state()
+    other["params"]["half"] = jnp.ones(9)
+    with (
+        Checkpoints(copy) as checkpoints,
+        pytest.raises(UserError, match="belongs to another model"),
+    ):
+        checkpoints.restore_newest(abstract(other))
+    assert sorted(path.name for path in copy.iterdir()) == ["5", "7"]
+
+
 # Failing and dying while saving.
 
 
@@ -385,7 +426,8 @@ def check_child_state(folder, step):
 
 
 @pytest.mark.parametrize(
-    "delay", [0.0, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.01, 0.03, 0.1, 0.3))]
+    "delay",
+    [0.0, *(pytest.param(round(0.005 * 1.25**i, 4), marks=pytest.mark.slow) for i in range(20))],
 )
 def test_killed_while_saving(tmp_path, delay):
     child = run_child(KILLED, tmp_path, delay)

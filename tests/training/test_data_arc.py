@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxrec.errors import UserError
+from jaxrec.models.hrm import Rows
 from jaxrec.training.data import arc
 from jaxrec.training.data.arc import Augmentation, Pair, Task, Votes
 from jaxrec.training.data.puzzle_batches import OrderedBatches
 from jaxrec.training.data.puzzle_folders import BLANK, read_split, write_split
-from jaxrec.training.data.puzzles import Rows
 
 
 def grid(*rows):

@@ -174,6 +174,19 @@ def test_leaving_an_endless_prefetch_ends_its_thread():
     assert prefetch_threads() == []
 
 
+def test_a_batch_that_never_comes_is_told():
+    """The thread that hangs is left behind; the process can end."""
+    hang = threading.Event()
+    iterator = prefetch(lambda step, rows: hang.wait() if step == 1 else {}, limit=0.2)
+    assert next(iterator)[0] == 0
+    with pytest.raises(UserError, match=r"The batch of step 1 was not there after 0 s"):
+        next(iterator)
+    (thread,) = prefetch_threads()
+    assert thread.daemon
+    hang.set()
+    thread.join()
+
+
 def test_an_error_while_prefetching_is_raised_at_its_step():
     def make(step, rows):
         if step == 2:

@@ -37,8 +37,9 @@ def test_classes_are_folders_and_the_middle_is_read(tmp_path):
     np.testing.assert_array_equal(got.images[1], np.broadcast_to(got.images[1, 0, 0], (8, 8, 3)))
 
 
-def test_changes_are_a_function_of_the_seed(tmp_path):
-    data = ImageFolder(write(tmp_path), 8)
+@pytest.mark.parametrize("augmentation", ["three", "randaugment"])
+def test_changes_are_a_function_of_the_seed(tmp_path, augmentation):
+    data = ImageFolder(write(tmp_path), 8, augmentation=augmentation)
     plain = data.read([2, 2, 2, 2]).images
     first, again = (data.read([2] * 4, [(0, i) for i in range(4)]).images for _ in range(2))
     np.testing.assert_array_equal(first, again)
@@ -67,6 +68,8 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
         ImageFolder(tmp_path, 8).read([0])
     with pytest.raises(UserError, match="must be >= 1 pixel, got 0"):
         ImageFolder(tmp_path, 0)
+    with pytest.raises(UserError, match="augmentation must be one of three, randaugment; got 'no'"):
+        ImageFolder(tmp_path, 8, augmentation="no")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match=r"needs Pillow. Install it: pip install"):
         ImageFolder(tmp_path, 8)

@@ -129,6 +129,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def edit_meta(**changes):
     def edit(path):
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -140,6 +146,8 @@ def edit_meta(**changes):
     "name, damage, message",
     [
         ("train.bin", lambda path: path.unlink(), "train.bin is missing"),
+        ("train.bin", flip, "train.bin does not hold what was written"),
+        ("valid.starts.npy", flip, "valid.starts.npy does not hold|valid.starts.npy was cut"),
         ("train.bin", cut, r"train.bin has \d+ bytes; meta.json says \d+ tokens of uint16"),
         ("valid.starts.npy", lambda path: path.unlink(), "valid.starts.npy is missing"),
         ("valid.starts.npy", cut, "valid.starts.npy was cut short or is not an array"),
@@ -159,11 +167,11 @@ def edit_meta(**changes):
             lambda path: np.save(path, np.array([{}]), allow_pickle=True),
             "starts.npy was cut short or is not an array",
         ),
-        ("meta.json", lambda path: path.unlink(), "meta.json is not readable: No such file"),
-        ("meta.json", cut, "meta.json is not JSON"),
+        ("meta.json", lambda path: path.unlink(), "meta.json: No such file"),
+        ("meta.json", cut, "meta.json: it is not JSON"),
         ("meta.json", lambda path: path.write_text("[]"), "does not describe a data folder"),
         ("meta.json", edit_meta(format="other"), "does not describe a data folder"),
-        ("meta.json", edit_meta(version=2), "has version 2, this jaxrec reads version 1"),
+        ("meta.json", edit_meta(version=1), "has version 1, this jaxrec reads version 2"),
         ("meta.json", edit_meta(vocab_size="many"), "expected vocab_size to be of type int"),
         ("meta.json", edit_meta(vocab_size=300), "tokenizer has 257 ids, meta.json says 300"),
         ("meta.json", edit_meta(dtype="uint32"), "train.bin has .* tokens of uint32"),

@@ -10,6 +10,7 @@ import pytest
 from jaxrec.errors import UserError
 from jaxrec.models.vit import ViTConfig
 from jaxrec.training import images
+from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.images import ImageFolder
 from jaxrec.training.images import ImageSettings, batch_of, mixed, train_images
@@ -89,6 +90,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path):
     assert lines[0] == lines[1] and len(lines[0]) == 6
     finished = train_images(MODEL, data, data, SETTINGS, tmp_path / "whole")
     assert finished.accuracy == whole.accuracy
+    for change in ({"epochs": 1}, {"seed": 7}):
+        other = dataclasses.replace(SETTINGS, **change)
+        (name, value), *_ = change.items()
+        with pytest.raises(UserError, match=f"holds a run with {name} .*; this one has {value}"):
+            train_images(MODEL, data, data, other, tmp_path / "whole")
+
+
+def test_what_is_not_finite_is_not_saved(data, tmp_path):
+    wild = OptimizerConfig(learning_rate=1e38, clip_norm=None, schedule="constant")
+    settings = dataclasses.replace(SETTINGS, log_every=100, optimizer=wild)
+    with pytest.raises(UserError, match=r"Lower the learning rate; the last good state is .* 0"):
+        train_images(MODEL, data, data, settings, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.latest_step() is None
 
 
 def test_eight_devices_agree_with_one(data, tmp_path):

@@ -2,25 +2,24 @@
 NaN."""
 
 import dataclasses
+import io
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
 from jaxrec.errors import UserError
-from jaxrec.models import huginn
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.loop import train
 from jaxrec.training.metrics import read
-from tests.training.small import HUGINN, MODELS, model_options, run_config, write_text
+from tests.training.commands import kill_after_lines, train_words
+from tests.training.small import HUGINN, MODELS, run_config, write_text
 
 HUGINN_PATH, LINEAR_RNN_PATH = MODELS
 
@@ -82,51 +81,26 @@ def test_a_crashed_run_resumes_bit_for_bit(straight, text, tmp_path):
 
 def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(text, tmp_path):
     config = run_config(text, steps=60, save_every=7)
-    options = [
-        "--steps",
-        "60",
-        "--save-every",
-        "7",
-        "--name",
-        "run",
-        "--batch",
-        "8",
-        "--time",
-        "16",
-    ]
-    options += [
-        "--log-every",
-        "1",
-        "--eval-every",
-        "0",
-        "--eval-batches",
-        "1",
-        "--eval-depths",
-        "1",
-        "2",
-    ]
-    options += [
-        "--data",
-        str(text),
-        "--data.valid-fraction",
-        "0.2",
-        "--runs",
-        str(tmp_path / "killed"),
-    ]
-    options += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "0"]
-    options += ["--optimizer.schedule", "constant", *model_options(HUGINN, huginn.TINY)]
-    command = [sys.executable, "-m", "jaxrec", "train", HUGINN_PATH, *options]
-    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    words = train_words(HUGINN_PATH, HUGINN, config, tmp_path / "killed")
     victim = random.SystemRandom().randrange(8, 55)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        deadline = time.monotonic() + 240
-        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < victim:
-            assert child.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "the run does not get anywhere"
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
+    kill_after_lines(words, tmp_path / "killed" / "run" / "metrics.jsonl", victim)
     resumed = train(HUGINN_PATH, HUGINN, config, runs=tmp_path / "killed")
     whole = train(HUGINN_PATH, HUGINN, config, runs=tmp_path / "whole")
+    assert_same_bits(resumed.state, whole.state)
+    assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
+
+
+@pytest.mark.slow  # twenty processes
+def test_a_run_killed_twenty_times_ends_as_one_that_was_not(text, tmp_path):
+    """At random moments: of training, of saving, and of starting again."""
+    config = run_config(text, steps=2000, save_every=25)
+    model = MODELS[LINEAR_RNN_PATH]
+    words = train_words(LINEAR_RNN_PATH, model, config, tmp_path / "killed")
+    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    for kill in range(20):
+        kill_after_lines(words, metrics, 80 * kill + random.SystemRandom().randrange(1, 81))
+    resumed = train(LINEAR_RNN_PATH, model, config, runs=tmp_path / "killed")
+    whole = train(LINEAR_RNN_PATH, model, config, runs=tmp_path / "whole")
     assert_same_bits(resumed.state, whole.state)
     assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
 
@@ -189,6 +163,36 @@ def test_a_signal_saves_and_says_so(straight, text, tmp_path):
     assert_same_bits(train(path, MODELS[path], config, runs=tmp_path).state, outcome.state)
 
 
+def test_a_damaged_checkpoint_is_left_out_and_nothing_lost(straight, text, tmp_path):
+    path, runs, outcome = straight
+    train(path, MODELS[path], run_config(text), runs=tmp_path)
+    files = (tmp_path / "run" / "checkpoints" / "8" / "params").rglob("*")
+    largest = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    shown = io.StringIO()
+    again = train(path, MODELS[path], run_config(text), runs=tmp_path, stream=shown)
+    told = [line for line in shown.getvalue().splitlines() if "is damaged" in line]
+    assert len(told) == 1
+    assert "Going on from step 4; the damaged folder is now" in told[0]
+    assert_same_bits(again.state, outcome.state)
+    assert losses(tmp_path / "run") == losses(runs / "run")
+
+
+def test_two_runs_cannot_write_into_one_folder(straight, text, tmp_path):
+    path, runs, outcome = straight
+
+    def intrude(model, tokenizer):
+        with pytest.raises(UserError, match="run is being written by process"):
+            train(path, MODELS[path], run_config(text), runs=tmp_path)
+        return "..."
+
+    again = train(
+        path, MODELS[path], run_config(text, sample_every=6), runs=tmp_path, sample=intrude
+    )
+    assert_same_bits(again.state, outcome.state)
+    assert losses(tmp_path / "run") == losses(runs / "run")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=6, schedule="constant")
     good = run_config(text, steps=4, optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"))
@@ -206,6 +210,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
         kept = checkpoints.latest_step()
     assert kept == step
     assert f"checkpoint {kept} is good" in str(error.value)
+
+
+def test_a_bad_part_of_a_batch_is_found(text, tmp_path):
+    """The replay sees the microbatches of the step, and the advice fits the run."""
+    optimizer = OptimizerConfig(learning_rate=1e30, clip_norm=None, schedule="constant")
+    bad = run_config(text, steps=20, accumulate=2, optimizer=optimizer)
+    with pytest.raises(UserError) as error:
+        train(LINEAR_RNN_PATH, MODELS[LINEAR_RNN_PATH], bad, runs=tmp_path)
+    told = str(error.value)
+    assert "in microbatch" in told or "First not finite: parameter" in told
+    assert told.endswith("Lower optimizer.learning_rate or set optimizer.clip_norm.")
+
+
+def test_a_run_may_be_trained_outside_the_main_thread(text, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        config = run_config(text, steps=1)
+        outcome = pool.submit(
+            train, LINEAR_RNN_PATH, MODELS[LINEAR_RNN_PATH], config, runs=tmp_path
+        ).result()
+    assert outcome.step == 1 and outcome.stopped_by is None
 
 
 def test_another_model_or_text_is_refused(straight, text, tmp_path):

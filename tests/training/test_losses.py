@@ -27,5 +27,12 @@ def test_the_mean_is_over_labels_that_count():
     np.testing.assert_allclose(got, np.sum(losses) / 3, rtol=1e-6)
 
 
+def test_a_penalty_is_paid_where_labels_count():
+    penalty = np.arange(6, dtype=np.float32).reshape(2, 3)
+    plain = cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS))
+    got = cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS), jnp.asarray(penalty))
+    np.testing.assert_allclose(got, plain + (0 + 2 + 5) / 3, rtol=1e-6)
+
+
 def test_without_a_label_it_is_zero():
     assert cross_entropy(jnp.asarray(LOGITS), jnp.full((2, 3), IGNORED, jnp.int32)) == 0

@@ -9,7 +9,6 @@ from flax import nnx
 
 from jaxrec.layers.scan import Solver
 from jaxrec.models import pararnn
-from jaxrec.training import sharding
 from jaxrec.training.data import Batches
 from jaxrec.training.loop import train
 from jaxrec.training.metrics import read
@@ -30,6 +29,9 @@ PARARNN = dataclasses.replace(
 NAMES = {
     "newton_iterations",
     "newton_residual",
+    "newton_residual_median",
+    "newton_residual_p90",
+    "newton_unsettled_share",
     "newton_fallback_share",
     "max_recurrent",
     "max_jacobian",
@@ -56,7 +58,8 @@ def test_every_evaluation_leaves_a_line(trained):
         assert set(line) - {"step", "kind", "time"} == NAMES
         assert 2 <= line["newton_iterations"] <= 16
         assert 0 <= line["newton_residual"] <= 4 * np.finfo(np.float32).eps
-        assert line["newton_fallback_share"] == 0
+        assert line["newton_residual_median"] <= line["newton_residual_p90"] <= 1e-6
+        assert line["newton_fallback_share"] == line["newton_unsettled_share"] == 0
         assert line["lyapunov"] < np.log(line["max_jacobian"])
     assert lines[0]["max_recurrent"] != lines[1]["max_recurrent"]
 
@@ -82,9 +85,9 @@ def jacobian(u, h, a):
 
 def test_the_numbers_are_those_of_a_numpy_jacobian(trained):
     model, *_ = load_model(trained.run.folder)
-    config, data = trained.run.config, trained.data
+    data = trained.data
     batches = Batches(data.valid, batch=8, time=16, shuffle=False, max_windows=8)
-    batch = batches(0, sharding.host_rows(config.batch))
+    batch = batches(0)
     segments = batch["segment_ids"]
     changes = np.diff(segments, axis=1) != 0
     assert not np.any(changes), "the loop below knows of no documents"
@@ -116,6 +119,8 @@ def test_a_cell_that_does_not_settle_shows(trained):
     found = jax.jit(lambda model, tokens: model.measure(tokens))(model, tokens)
     assert found["newton_fallback_share"] == 1
     assert found["newton_residual"] > 1e-6
+    assert found["newton_unsettled_share"] == 1
+    assert found["newton_residual_median"] > 1e-6
     assert found["newton_iterations"] == 1
 
 

@@ -1,14 +1,17 @@
 """The compiled functions of a run: what the guard keeps, and what precision changes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrec.training.config import TrainConfig
+from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.sharding import build_mesh
 from jaxrec.training.step import build_steps, cast_matrices, is_matrix
-from tests.training.small import LINEAR_RNN
+from tests.training.small import LINEAR_RNN, UNIVERSAL
 
 CONFIG = TrainConfig(steps=10, batch=2, time=8)
 
@@ -64,3 +67,20 @@ def test_only_matrices_are_cast(steps):
     assert cast["embedding"]["table"].dtype == jnp.bfloat16
     assert cast["blocks"]["mixer"]["recurrence"]["decay"].dtype == jnp.float32
     assert cast["norm"]["scale"].dtype == jnp.float32
+
+
+def test_what_a_model_pays_in_training_is_no_part_of_its_evaluation():
+    """Of the tokens that count, each its own ponder time; of those that do not, none."""
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    steps = build_steps(UNIVERSAL, config, build_mesh("data=1"))
+    state = steps.init()
+    some = batch()
+    some["labels"] = some["labels"].at[:, 5:].set(IGNORED)
+    some["labels"] = some["labels"].at[0, 3].set(IGNORED)
+    ponder = jax.jit(lambda params: steps.merge(params).pondered(some["inputs"])[1])
+    time = np.asarray(ponder(state["params"]).time)
+    nats, labels = steps.evaluate(state["params"], some, jnp.int32(0))
+    paid = UNIVERSAL.ponder_weight * np.mean(time[np.asarray(some["labels"]) != IGNORED])
+    _, metrics = steps.train(state, some, jnp.int32(0))
+    assert paid > 1e-3
+    np.testing.assert_allclose(metrics["loss"] - nats / labels, paid, atol=2e-6)

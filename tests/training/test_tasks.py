@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from jaxrec.models import linear_rnn
+from jaxrec.models import huginn, linear_rnn
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.batches import IGNORED
-from jaxrec.training.tasks import task_accuracy, train_task
+from jaxrec.training.tasks import task_accuracy, task_predictions, train_task
 
 CONFIG = dataclasses.replace(
     linear_rnn.TINY, vocab_size=7, width=16, recurrent_width=16, heads=2, mlp_width=24, layers=1
@@ -43,6 +44,22 @@ def test_a_run_is_a_function_of_its_seed():
     )
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
+
+
+def test_a_looped_model_learns_at_drawn_depths_and_answers_at_any():
+    config = dataclasses.replace(
+        huginn.TINY, vocab_size=7, width=16, heads=2, mlp_width=24, core_layers=1, mean_depth=2
+    )
+    results = train_task(config, echo, steps=40, optimizer=OPTIMIZER)
+    assert results.losses[-1] < 0.5 * results.losses[0]
+    test = echo(1000)
+    assert task_accuracy(results.model, test, depth=6) > 0.9
+    fresh = train_task(config, echo, steps=1, optimizer=OPTIMIZER).model  # has not settled
+    one = task_predictions(fresh, test, depth=1, key=jax.random.key(0))
+    assert one.shape == (16, 8) and one.dtype == np.int32
+    assert np.any(one != task_predictions(fresh, test, depth=6, key=jax.random.key(0)))
+    default = task_predictions(fresh, test)
+    np.testing.assert_array_equal(default, task_predictions(fresh, test, depth=2))
 
 
 def test_a_run_needs_steps():

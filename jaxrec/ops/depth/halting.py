@@ -17,10 +17,13 @@ Dehghani et al., Universal transformers (2018), arXiv:1807.03819, section 2.2 an
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array, lax
+
+from jaxrec.ops import notes
+from jaxrec.ops.depth.remat import RematPolicy, remat_scan
 
 Rule = Literal["interpolate", "accumulate", "copy-halted"]
 
@@ -76,64 +79,86 @@ def halt(
     )
 
 
+class Adapted(NamedTuple):
+    """How an adaptive loop ended."""
+
+    halting: Halting
+    ponder: Array  # (b t): loops that counted, without gradient, plus the remainder
+    state: Array  # (b t d), of the last loop
+    memory: Any
+    loops: Array  # int32 (): loops run
+
+
+_Carry = tuple[Array, Any, Halting]
+
+
 def adaptive_loop(
-    step: Callable[[Array, Array], Array],
+    step: Callable[[Array, Array, Any], tuple[Array, Any]],
     probability: Callable[[Array], Array],
     prepare: Callable[[Array, Array], Array],
     state: Array,
     max_loops: int,
     *,
+    memory: Any = None,
     rule: Rule = "interpolate",
     epsilon: float = 0.01,
     differentiable: bool = True,
-) -> tuple[Halting, Array]:
+    remat: RematPolicy = "none",
+) -> Adapted:
     """Loops until every position has halted.
 
     Args:
-      step: (prepared state, t) -> state, over all positions (b t d).
+      step: (prepared state, t, memory) -> state, memory, over all positions (b t d).
       probability: prepared state -> p (b t).
       prepare: (state, t) -> state, such as the coordinates of position and loop, added every time.
       state: the first state (b t d).
       max_loops: positions that have not halted by then keep what they have.
+      memory: what loops hand on beside the state, such as a cache; any pytree.
       rule: how outputs are combined.
       epsilon: see `halt`.
       differentiable: a scan over max_loops; otherwise a loop that ends as soon as it may, with the
-        same values and no reverse derivative.
+        same output and no reverse derivative.
+      remat: what the gradient of the scan stores, see `remat_scan`.
 
     Returns:
-      The halting, whose `output` is the result, and the ponder time (b t): loops that counted,
-      without gradient, plus the remainder. Its mean over real positions is the ponder loss.
+      The halting, whose `output` is the result; the ponder time, whose mean over real positions is
+      the ponder loss; and what the last loop left.
     """
 
-    def advance(carry: tuple[Array, Halting], t: Array) -> tuple[Array, Halting]:
-        state, before = carry
+    def advance(carry: _Carry, t: Array) -> _Carry:
+        state, memory, before = carry
         prepared = prepare(state, t)
         p = probability(prepared).astype(jnp.float32)
-        new = step(prepared, t)
+        new, memory = step(prepared, t, memory)
         after = halt(before, p, new, rule=rule, epsilon=epsilon)
         if rule == "copy-halted":
             new = jnp.where((before.halted < 1)[..., None], new, state)
-        return new, after
+        notes.note("loop", (state, new))
+        return new, memory, after
 
-    carry = (state, begin_halting(state))
+    carry = (state, memory, begin_halting(state))
     if differentiable:
-
-        def graded(carry: tuple[Array, Halting], t: Array) -> tuple[tuple[Array, Halting], None]:
-            return advance(carry, t), None
-
-        (_, end), _ = lax.scan(graded, carry, jnp.arange(max_loops, dtype=jnp.int32))
+        carry, _ = remat_scan(
+            lambda carry, t: (advance(carry, t), None),
+            carry,
+            jnp.arange(max_loops, dtype=jnp.int32),
+            remat=remat,
+        )
+        loops = jnp.asarray(max_loops, jnp.int32)
     else:
+        unheard = notes.silently(advance)
 
-        def busy(loop: tuple[tuple[Array, Halting], Array]) -> Array:
-            (_, halting), t = loop
+        def busy(loop: tuple[_Carry, Array]) -> Array:
+            (_, _, halting), t = loop
             return (t < max_loops) & jnp.any(halting.halted < 1)
 
-        (_, end), _ = lax.while_loop(
+        carry, loops = lax.while_loop(
             busy,
-            lambda loop: (advance(*loop), loop[1] + 1),
+            lambda loop: (unheard(*loop), loop[1] + 1),
             (carry, jnp.zeros((), jnp.int32)),
         )
-    return end, lax.stop_gradient(end.updates) + end.remainder
+    state, memory, end = carry
+    return Adapted(end, lax.stop_gradient(end.updates) + end.remainder, state, memory, loops)
 
 
 def ponder_loss(ponder: Array, is_token: Array | None = None) -> Array:
@@ -144,6 +169,13 @@ def ponder_loss(ponder: Array, is_token: Array | None = None) -> Array:
     return total / jnp.maximum(jnp.sum(is_token, dtype=jnp.float32), 1.0)
 
 
-def global_probability(probability: Array) -> Array:
-    """One probability for all positions of a row: the mean of p (b t), (b t)."""
-    return jnp.broadcast_to(jnp.mean(probability, axis=1, keepdims=True), probability.shape)
+def global_probability(probability: Array, is_token: Array | None = None) -> Array:
+    """One probability for all positions of a row: the mean of p (b t), or of p where a mask, bool
+    (b t), is True; (b t).
+    """
+    if is_token is None:
+        mean = jnp.mean(probability, axis=1, keepdims=True)
+    else:
+        total = jnp.sum(jnp.where(is_token, probability, 0.0), axis=1, keepdims=True)
+        mean = total / jnp.maximum(jnp.sum(is_token, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    return jnp.broadcast_to(mean, probability.shape)

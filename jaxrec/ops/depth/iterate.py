@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops import notes
 from jaxrec.ops.depth.remat import RematPolicy, remat_scan
 
 Step = Callable[[Any], Any]
@@ -65,10 +66,14 @@ def iterate(
     for name, count in (("n", n), ("grad_steps", grad_steps)):
         if isinstance(count, int) and count < 0:
             raise ValueError(f"iterate: {name} must be >= 0, got {count}.")
+    if isinstance(n, int) and until is None:
+        # Of what is noted in a loop of known length, every step has a place.
+        if grad_steps is None or notes.is_collecting():
+            grad_steps = n
+    else:
+        step = notes.silently(step)
     advance = _advance(step, until)
     start = _start(step, z, until)
-    if isinstance(n, int) and until is None and grad_steps is None:
-        grad_steps = n
     if isinstance(n, int) and grad_steps is not None:
         grad_steps = min(grad_steps, n)
     free_steps = n if grad_steps is None else jnp.maximum(n - grad_steps, 0)

@@ -3,14 +3,39 @@
 Chen et al., Training deep nets with sublinear memory cost (2016), arXiv:1604.06174.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from jaxrec.ops import notes
 
 RematPolicy = Literal["none", "dots", "block", "sqrt"]
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """Inputs of the steps of a scan as one pytree each, instead of one whose leaves are stacked.
+
+    A step then reads arrays of its own. XLA on CPU copies what a step takes out of a stack: for a
+    step on a single token, all weights once more.
+    """
+
+    steps: tuple[Any, ...]
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """The steps."""
+        return self.steps, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, steps: tuple[Any, ...]) -> "Apart":
+        """The same of other leaves."""
+        return cls(tuple(steps))
 
 
 def remat_scan(
@@ -26,7 +51,8 @@ def remat_scan(
     Args:
       body: (carry, x) -> (carry, y), as for `lax.scan`.
       carry: initial carry, any pytree.
-      xs: pytree scanned over its leading axis, or None when `length` is given.
+      xs: pytree scanned over its leading axis, or None when `length` is given. Parts of it may be
+        `Apart`: then the steps are written out one by one, and a gradient stores everything.
       length: number of steps; needed when xs has no leaves.
       remat: "none" stores every intermediate of every step; "dots" stores the carry and the results
         of matrix products with weights of every step and recomputes the rest; "block" stores the
@@ -42,6 +68,20 @@ def remat_scan(
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+    body, settle = notes.through(body)
+    carry, ys = _scan(body, carry, xs, length, remat)
+    return carry, settle(ys)
+
+
+def _scan(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    length: int | None,
+    remat: RematPolicy,
+) -> tuple[Any, Any]:
+    if any(map(_is_apart, jax.tree.leaves(xs, is_leaf=_is_apart))):
+        return _one_by_one(body, carry, xs)
     leaves = jax.tree.leaves(xs)
     steps = length if not leaves else leaves[0].shape[0]
     assert steps is not None, "remat_scan needs xs or length"
@@ -67,4 +107,26 @@ def remat_scan(
     if whole == steps:
         return carry, ys
     carry, last_ys = lax.scan(one_step, carry, tail, length=steps - whole)
-    return carry, jax.tree.map(lambda y, last: jax.numpy.concatenate([y, last]), ys, last_ys)
+    return carry, jax.tree.map(lambda y, last: jnp.concatenate([y, last]), ys, last_ys)
+
+
+def last_of(xs: Any) -> Any:
+    """The inputs of the last step of a scan over xs, which may be `Apart`."""
+    return xs.steps[-1] if _is_apart(xs) else jax.tree.map(lambda x: x[-1], xs)
+
+
+def _is_apart(x: Any) -> bool:
+    return isinstance(x, Apart)
+
+
+def _one_by_one(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+) -> tuple[Any, Any]:
+    parts, structure = jax.tree.flatten(xs, is_leaf=_is_apart)
+    count = next(len(part.steps) for part in parts if _is_apart(part))
+    ys = []
+    for i in range(count):
+        x = [part.steps[i] if _is_apart(part) else part[i] for part in parts]
+        carry, y = body(carry, jax.tree.unflatten(structure, x))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)

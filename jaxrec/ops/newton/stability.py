@@ -59,9 +59,7 @@ def stability(
         and directions are followed on.
     """
     structure = structures.find(jacobian, step, params, h0, None, check=False)
-    before = shifted(h, h0.astype(h.dtype), towards_start=False)
-    if reset is not None:
-        before = jnp.where(reset.reshape(*reset.shape, *[1] * (h.ndim - 2)), 0, before)
+    before = _before(h0, h, reset)
     at_all_times = jax.vmap(step, in_axes=(None, 1, 1), out_axes=1)
     _, matrices = value_and_jacobian(
         lambda h: structure.split(at_all_times(params, structure.joined(h), x)),
@@ -82,6 +80,27 @@ def stability(
     unit = start / jnp.sqrt(jnp.sum(jnp.square(start), axis=2, keepdims=True))
     _, growth = lax.scan(follow, unit, jnp.swapaxes(matrices, 0, 1))
     return Stability(largest, jnp.max(jnp.mean(growth, axis=(0, 1, 2))))
+
+
+def row_residuals(
+    step: Step, params: Any, x: Any, h0: Array, h: Array, *, reset: Array | None = None
+) -> Array:
+    """max_t |f(h_{t-1}, x_t) - h_t| / max(1, |f(h_{t-1}, x_t)|) of each row, (b), |.| the largest
+    number of a state; inf where one is not finite. Arguments as of `stability`.
+    """
+    value = jax.vmap(step, in_axes=(None, 1, 1), out_axes=1)(params, _before(h0, h, reset), x)
+    axes = tuple(range(2, h.ndim))
+    size = jnp.maximum(jnp.max(jnp.abs(value), axis=axes), jnp.ones((), h.dtype))
+    residual = jnp.max(jnp.abs(value - h), axis=axes) / size
+    return jnp.max(jnp.where(jnp.isfinite(residual), residual, jnp.inf), axis=1)
+
+
+def _before(h0: Array, h: Array, reset: Array | None) -> Array:
+    """The state that enters each step, zero where it is reset."""
+    before = shifted(h, h0.astype(h.dtype), towards_start=False)
+    if reset is None:
+        return before
+    return jnp.where(reset.reshape(*reset.shape, *[1] * (h.ndim - 2)), 0, before)
 
 
 def _positive(x: Array) -> Array:

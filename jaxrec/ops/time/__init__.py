@@ -3,7 +3,8 @@
 from jaxrec.ops.time.block import block_scan
 from jaxrec.ops.time.dag_scan import dag_scan
 from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_of
-from jaxrec.ops.time.grid_scan import GridGates, gating_tensor, grid_scan
+from jaxrec.ops.time.grid_rows import GridGates
+from jaxrec.ops.time.grid_scan import gating_tensor, grid_scan
 from jaxrec.ops.time.lti import (
     dense_scan,
     diagonal_kernel,

@@ -221,14 +221,30 @@ def _check(
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
-def _step(state: Array, now: Inputs) -> tuple[Array, Array]:
+def _outer(k: Array, v: Array) -> Array:
+    """k v^T."""
+    return k[..., None] * v[..., None, :]
+
+
+def _outer_apart(k: Array, v: Array) -> Array:
+    """The same as a product of two columns each, of which one is zero. A product of single columns
+    XLA would merge with what made k and v, and make them again for every number of the state.
+    """
+    columns = jnp.stack([k, jnp.zeros_like(k)], axis=-1)
+    rows = jnp.stack([v, jnp.zeros_like(v)], axis=-2)
+    return jnp.matmul(columns, rows)
+
+
+def _step(
+    state: Array, now: Inputs, write: Callable[[Array, Array], Array] = _outer
+) -> tuple[Array, Array]:
     """One step from S (b h k v): the next state and y (b h v)."""
     q, k, v, log_decay, beta = _widened(now, state.dtype)
     if log_decay is not None:
         state = jnp.exp(log_decay)[..., None] * state
     if beta is not None:
         v = beta * (v - _read(state, k))
-    state = state + k[..., None] * v[..., None, :]
+    state = state + write(k, v)
     return state, _read(state, q)
 
 
@@ -244,6 +260,10 @@ def _sequential(inputs: Inputs, state: Array, chunk: int) -> tuple[Array, Array]
     time, heads = inputs.v.shape[1:3]
     q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in inputs[:2])
     inputs = inputs._replace(q=q, k=k)
+    if time == 1:
+        with _precision(inputs):
+            last, y = _step(state, jax.tree.map(lambda x: x[:, 0], inputs), write=_outer_apart)
+        return y[:, None], last
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def stretch(state: Array, steps: Inputs) -> tuple[Array, Array]:

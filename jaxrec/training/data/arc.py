@@ -9,7 +9,6 @@ Chollet, On the measure of intelligence (2019), arXiv:1911.01547; Wang et al., H
 reasoning model (2025), arXiv:2506.21734, section 3.2.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrec.config import read_json
 from jaxrec.errors import UserError
+from jaxrec.models.hrm import Rows
 from jaxrec.training.data.puzzle_folders import BLANK
-from jaxrec.training.data.puzzles import DIHEDRAL_INVERSE, PuzzleSet, Rows, dihedral
+from jaxrec.training.data.puzzles import DIHEDRAL_INVERSE, PuzzleSet, dihedral
 
 SIZE = 30
 COLOURS = 10
@@ -206,7 +207,7 @@ class Votes:
         self._variants = [parse_name(name) for name in names]
         self._ballots: dict[tuple[str, bytes], dict[bytes, _Ballot]] = {}
 
-    def add(self, rows: Rows, answers: np.ndarray, q: np.ndarray) -> None:
+    def add(self, rows: Rows[np.ndarray], answers: np.ndarray, q: np.ndarray) -> None:
         """Counts the answers to a batch.
 
         Args:
@@ -336,10 +337,7 @@ def _content(task: Task) -> bytes:
 
 
 def _task(file: Path) -> Task:
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
+    values = read_json(file)
     parts = {}
     for part in ("train", "test"):
         pairs = values.get(part) if isinstance(values, dict) else None
@@ -370,7 +368,8 @@ def _grid(place: str, pair: dict[str, Any], name: str) -> np.ndarray:
         raise UserError(
             f"{place}: {name!r} must be 1 .. {SIZE} rows of equally many, 1 .. {SIZE}, colours."
         )
-    odd = [colour for row in rows for colour in row if colour not in range(COLOURS)]
+    colours = [colour for row in rows for colour in row]
+    odd = [x for x in colours if type(x) is not int or x not in range(COLOURS)]
     if odd:
         raise UserError(f"{place}: colours of {name!r} are 0 .. {COLOURS - 1}, got {odd[0]!r}.")
     return np.array(rows, np.uint8)

@@ -6,11 +6,12 @@ window once in an order of its own (a grain MapDataset, shuffled and repeated), 
 is element s b + r of one endless list, whoever asks for it.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from jaxrec.errors import UserError
 from jaxrec.training.data.streams import TokenStream
 
 IGNORED = -100  # a label that does not count
+LIMIT = 600.0  # seconds that a batch is waited for
 
 HostBatch = dict[str, np.ndarray]
 Rows = slice | tuple[int, int]
@@ -129,8 +131,12 @@ def prefetch(
     stop: int | None = None,
     rows: Rows = slice(None),
     depth: int = 2,
+    limit: float = LIMIT,
 ) -> Generator[tuple[int, T], None, None]:
     """Yields (step, batch) for start <= step < stop while a thread makes the next `depth` batches.
+
+    Closing the iterator, or leaving it, ends the thread. What `batches` raises is raised here, at
+    its step.
 
     Args:
       batches: what makes the batch of a step, such as `Batches`.
@@ -138,23 +144,53 @@ def prefetch(
       stop: first step that is not made; None: never ends.
       rows: rows of each batch that this host needs.
       depth: batches made ahead.
+      limit: seconds that one is waited for.
 
-    Closing the iterator, or leaving it, ends the thread. What `batches` raises is raised here, at
-    its step.
+    Raises:
+      UserError: a batch is not there after `limit`, as when a file system hangs. Its thread is left
+        alone: it cannot be ended, and does not keep the process from ending.
     """
-    waiting: deque[tuple[int, Future[T]]] = deque()
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def make() -> None:
+        for step in _steps(start, stop):
+            batch, error = None, None
+            try:
+                batch = batches(step, rows)
+            except BaseException as raised:  # whatever it is, it belongs to who asks for the step
+                error = raised
+            while not closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    made.put((batch, error), timeout=0.1)
+                    break
+            if error is not None or closed.is_set():
+                return
+
+    thread = threading.Thread(target=make, name="prefetch", daemon=True)
+    thread.start()
+    wait = limit
     try:
-        for step in count(start) if stop is None else range(start, stop):
-            waiting.append((step, executor.submit(batches, step, rows)))
-            if len(waiting) > depth:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        while waiting:
-            ready, future = waiting.popleft()
-            yield ready, future.result()
+        for step in _steps(start, stop):
+            try:
+                batch, error = made.get(timeout=limit)
+            except queue.Empty:
+                wait = 0.0
+                raise UserError(
+                    f"The batch of step {step} was not there after {limit:.0f} s. Is the file"
+                    " system of the data reachable? The same command goes on from the last"
+                    " checkpoint."
+                ) from None
+            if error is not None:
+                raise error
+            yield step, cast(T, batch)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        closed.set()
+        thread.join(wait)
+
+
+def _steps(start: int, stop: int | None) -> Iterable[int]:
+    return count(start) if stop is None else range(start, stop)
 
 
 def _shuffled(num_windows: int, seed: int) -> Callable[[int], int]:

@@ -1,7 +1,8 @@
 """Folders of images, one folder for each class, as ImageNet is kept; read with Pillow.
 
-Training takes a random part of an image at one size, perhaps mirrored, made grey, solarised or
-blurred, with its colours moved: the three augmentations of DeiT III. Testing takes the middle.
+Training takes a random part of an image at one size, perhaps mirrored, and changes it: made grey,
+solarised or blurred, with its colours moved, as DeiT III has it ("three"), or by `randaugment`.
+Testing takes the middle.
 
 Touvron et al., DeiT III: revenge of the ViT (2022), arXiv:2204.07118, section 3.
 """
@@ -10,11 +11,14 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from jaxrec.errors import UserError
+from jaxrec.training.data.randaugment import randaugment
+
+Augmentation = Literal["three", "randaugment"]
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 LEAST_AREA = 0.08  # of the part of an image that is taken
@@ -36,14 +40,28 @@ class ImageFolder:
     Args:
       folder: such as imagenet/train.
       size: side of the squares that images become, in pixels, >= 1.
+      augmentation: what is done to a part of an image in training.
       workers: threads that read.
 
     Raises:
-      UserError: Pillow is not installed, or there are no such folders or images.
+      UserError: Pillow is not installed, there are no such folders or images, or no such
+        augmentation.
     """
 
-    def __init__(self, folder: str | Path, size: int, *, workers: int = 8) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int,
+        *,
+        augmentation: Augmentation = "three",
+        workers: int = 8,
+    ) -> None:
         _pillow()
+        if augmentation not in get_args(Augmentation):
+            raise UserError(
+                f"augmentation must be one of {', '.join(get_args(Augmentation))}; got"
+                f" {augmentation!r}."
+            )
         if size < 1:
             raise UserError(f"The side of images must be >= 1 pixel, got {size}.")
         folder = Path(folder)
@@ -64,7 +82,8 @@ class ImageFolder:
             self.files += sorted(files)
             labels += [label] * len(files)
         self.labels = np.array(labels, np.int32)
-        self.size, self._pool = size, ThreadPoolExecutor(workers, thread_name_prefix="images")
+        self.size, self.augmentation = size, augmentation
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
 
     def __len__(self) -> int:
         """The number of images."""
@@ -92,9 +111,12 @@ class ImageFolder:
         try:
             with Image.open(file) as opened:
                 image = opened.convert("RGB")
-        except OSError as error:
+        except Exception as error:  # its decoders raise whatever broken bytes lead them to
             raise UserError(f"{file} is no image that can be read ({error}).") from error
-        changed = _middle(image, self.size) if rng is None else _changed(image, self.size, rng)
+        if rng is None:
+            return np.asarray(_middle(image, self.size), np.uint8)
+        image = _part(image, self.size, rng)
+        changed = _three(image, rng) if self.augmentation == "three" else randaugment(image, rng)
         return np.asarray(changed, np.uint8)
 
 
@@ -118,12 +140,18 @@ def _middle(image: Any, size: int) -> Any:
     return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _changed(image: Any, size: int, rng: np.random.Generator) -> Any:
-    from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+def _part(image: Any, size: int, rng: np.random.Generator) -> Any:
+    """A random part at this size, in half of the cases mirrored."""
+    from PIL import Image, ImageOps
 
-    image = image.crop(_part(image.size, rng)).resize((size, size), Image.Resampling.BICUBIC)
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
+    image = image.crop(_box(image.size, rng)).resize((size, size), Image.Resampling.BICUBIC)
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def _three(image: Any, rng: np.random.Generator) -> Any:
+    """Grey, solarised or blurred, and its colours moved."""
+    from PIL import ImageEnhance, ImageFilter, ImageOps
+
     match rng.integers(3):
         case 0:
             image = ImageOps.grayscale(image).convert("RGB")
@@ -137,7 +165,7 @@ def _changed(image: Any, size: int, rng: np.random.Generator) -> Any:
     return image
 
 
-def _part(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """A random box of some area and shape inside the image; the middle if none is found to fit."""
     width, height = size
     for _ in range(CROPS_TRIED):

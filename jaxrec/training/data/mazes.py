@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrec.errors import UserError
-from jaxrec.training.data.puzzles import PuzzleSet, Rows, dihedral, single_puzzles
+from jaxrec.models.hrm import Rows
+from jaxrec.training.data.puzzles import PuzzleSet, dihedral, single_puzzles
 
 CHARACTERS = "# SGo"
 WALL, OPEN, START, GOAL, PATH = range(1, 6)
@@ -176,7 +177,7 @@ def make(
     )
 
 
-def puzzle_rows(mazes: Sequence[Maze]) -> Rows:
+def puzzle_rows(mazes: Sequence[Maze]) -> Rows[np.ndarray]:
     """Mazes of one size as rows of tokens; all have vector 0."""
     return Rows(
         np.stack([maze.question.reshape(-1) for maze in mazes]).astype(np.int32),

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrec.errors import UserError
+from jaxrec.models.hrm import Rows
 from jaxrec.training.data.batches import IGNORED
-from jaxrec.training.data.puzzles import PuzzleSet, Rows
+from jaxrec.training.data.puzzles import PuzzleSet
 
 
 class Plan(NamedTuple):
@@ -76,7 +77,7 @@ class GroupBatches:
         self._first_steps = [0]  # of iteration 0, 1, ... as far as known
         self._last: tuple[int, Plan] | None = None
 
-    def __call__(self, step: int, rows: slice | tuple[int, int] = slice(None)) -> Rows:
+    def __call__(self, step: int, rows: slice | tuple[int, int] = slice(None)) -> Rows[np.ndarray]:
         """Returns the batch of a step, or these rows of it: slice(start, stop) or (start, stop).
 
         A first call at a late step counts the batches of all iterations before, which is instant
@@ -176,7 +177,7 @@ class OrderedBatches:
         self.num_batches = -(-self.count // batch)
         self._puzzles, self._ignored, self._pad, self._blank = puzzles, ignored_label, pad, blank
 
-    def __call__(self, step: int, rows: slice | tuple[int, int] = slice(None)) -> Rows:
+    def __call__(self, step: int, rows: slice | tuple[int, int] = slice(None)) -> Rows[np.ndarray]:
         """Returns the batch of a step, or these rows of it: slice(start, stop) or (start, stop).
 
         Raises:
@@ -199,7 +200,7 @@ class OrderedBatches:
 
 def _gather(
     puzzles: PuzzleSet, which: np.ndarray, examples: np.ndarray, ignored: int | None
-) -> Rows:
+) -> Rows[np.ndarray]:
     labels = puzzles.labels[examples].astype(np.int32)
     if ignored is not None:
         labels[labels == ignored] = IGNORED

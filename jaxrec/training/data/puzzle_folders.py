@@ -12,11 +12,13 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrec.config import beside, read_json
 from jaxrec.errors import UserError
+from jaxrec.training.data.arrays import read_array
 from jaxrec.training.data.puzzles import PuzzleSet
 
 DESCRIPTION = "dataset.json"
@@ -66,10 +68,10 @@ def read_split(folder: str | Path) -> Split:
     file = folder / DESCRIPTION
     if not file.exists() and (folder / "train" / DESCRIPTION).exists():
         raise UserError(f"{folder} holds splits, no {DESCRIPTION}; give {folder / 'train'}.")
-    description = _description(file, _json(file))
+    description = _description(file, read_json(file))
     sets = {}
     for name in description.sets:
-        files = _files(folder, name)
+        files = {field: beside(folder, file.name) for field, file in _files(folder, name).items()}
         arrays = PuzzleSet(**{field: _array(file, field) for field, file in files.items()})
         _check(files, arrays, description)
         sets[name] = arrays
@@ -139,7 +141,7 @@ def read_identifiers(folder: str | Path) -> list[str]:
       UserError: the file is missing or no list of texts.
     """
     file = Path(folder) / IDENTIFIERS
-    names = _json(file)
+    names = read_json(file)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file} must hold a list of names.")
     return names
@@ -152,13 +154,6 @@ def write_identifiers(folder: str | Path, names: Sequence[str]) -> None:
 
 def _files(folder: Path, name: str) -> dict[str, Path]:
     return {field: folder / f"{name}__{field}.npy" for field in PuzzleSet._fields}
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
 
 
 def _description(file: Path, values: Any) -> Description:
@@ -180,19 +175,15 @@ def _description(file: Path, values: Any) -> Description:
     sets = known["sets"]
     if not (isinstance(sets, list) and sets and all(isinstance(name, str) for name in sets)):
         raise UserError(f"{file}: sets must be a list of names, at least one, got {sets!r}.")
+    for name in sets:
+        beside(file.parent, name)
     return Description(**known | {"sets": tuple(sets)})
 
 
 def _array(file: Path, field: str) -> np.ndarray:
     """The array of a file; of the large ones a memory map."""
-    try:
-        mode: Literal["r"] | None = "r" if field in ROWS else None
-        array = np.load(file, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{file} must be one array, got an archive of arrays.")
-    return array
+    array = read_array(file)
+    return array if field in ROWS else np.array(array)
 
 
 def _check(files: Mapping[str, Path], arrays: PuzzleSet, description: Description) -> None:

@@ -1,16 +1,9 @@
 """Puzzles as rows of tokens, and the groups in which their variants are kept."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-
-class Rows(NamedTuple):
-    """Questions and answers; the same fields as `models.hrm.Rows`, in NumPy."""
-
-    tokens: np.ndarray  # int32 (b s)
-    labels: np.ndarray  # int32 (b s); IGNORED where nothing is asked
-    puzzle: np.ndarray  # int32 (b): which vector is theirs
 
 
 class PuzzleSet(NamedTuple):
@@ -51,6 +44,40 @@ def single_puzzles(inputs: np.ndarray, labels: np.ndarray, *, copies: int = 1) -
         np.zeros(puzzles, np.int32),
         np.arange(puzzles + 1, dtype=np.int32),
         np.arange(0, puzzles + 1, copies, dtype=np.int32),
+    )
+
+
+def joined(sets: Sequence[PuzzleSet]) -> PuzzleSet:
+    """One set of several, one after another."""
+    if len(sets) == 1:
+        return sets[0]
+
+    def fences(arrays: list[np.ndarray]) -> np.ndarray:
+        ends = np.cumsum([0, *(int(array[-1]) for array in arrays)])
+        parts = [array[1:].astype(np.int64) + end for array, end in zip(arrays, ends, strict=False)]
+        return np.concatenate([[0], *parts])
+
+    inputs, labels, identifiers, puzzles, groups = zip(*sets, strict=True)
+    return PuzzleSet(
+        np.concatenate(inputs),
+        np.concatenate(labels),
+        np.concatenate(identifiers),
+        fences(puzzles),
+        fences(groups),
+    )
+
+
+def spread(puzzles: PuzzleSet, count: int) -> PuzzleSet:
+    """So many examples from all over a set, each as a puzzle and a group of its own."""
+    examples = np.arange(count) * len(puzzles.inputs) // count
+    which = np.searchsorted(puzzles.puzzle_indices, examples, side="right") - 1
+    fence = np.arange(count + 1, dtype=np.int32)
+    return PuzzleSet(
+        puzzles.inputs[examples],
+        puzzles.labels[examples],
+        puzzles.puzzle_identifiers[which],
+        fence,
+        fence,
     )
 
 

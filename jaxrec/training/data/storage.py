@@ -2,27 +2,34 @@
 
 A data folder holds, for each side of the split (train and valid), `<side>.bin`, the little-endian
 token ids, and `<side>.starts.npy`, the positions at which documents begin; `meta.json` says what
-they are, and a copy of the `tokenizer.json` lies beside them where one was used. A folder is made
-under another name and renamed when it is complete, so it is there whole or not at all.
+they are, with a CRC-32 of each, and a copy of the `tokenizer.json` lies beside them where one was
+used. A folder is made under another name and renamed when it is complete, so it is there whole or
+not at all.
 """
 
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxrec.config import read_json
 from jaxrec.errors import UserError
+from jaxrec.training.data.arrays import read_array
 from jaxrec.training.data.streams import TokenStream, token_dtype
 from jaxrec.training.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 META = "meta.json"
 FORMAT = "jaxrec-tokens"
-VERSION = 1
+VERSION = 2
 SIDES = ("train", "valid")
+FILES = tuple(f"{side}{end}" for side in SIDES for end in (".bin", ".starts.npy"))
+CHECKED = 2**32
+"""Bytes of a file that are read to check it, at some GB a second; of larger ones the size is."""
 _AGAIN = "Make the folder again with: jaxrec data"
 
 
@@ -118,6 +125,7 @@ def _write_files(
         "tokens": {side: len(streams[side].tokens) for side in SIDES},
         "documents": {side: len(streams[side].starts) for side in SIDES},
         "bytes": {side: streams[side].num_bytes for side in SIDES},
+        "crc32": {name: _crc32(folder / name) for name in FILES},
         "provenance": provenance,
     }
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -126,11 +134,9 @@ def _write_files(
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} is not readable: {error.strerror}. {_AGAIN}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}). {_AGAIN}") from error
+        meta = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error} {_AGAIN}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path} does not describe a data folder of jaxrec. {_AGAIN}")
     if meta.get("version") != VERSION:
@@ -138,7 +144,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{path} has version {meta.get('version')!r}, this jaxrec reads version {VERSION}. "
             f"{_AGAIN}"
         )
-    kinds = {"tokenizer": str, "vocab_size": int, "dtype": str, "provenance": dict}
+    kinds = {"tokenizer": str, "vocab_size": int, "dtype": str, "crc32": dict, "provenance": dict}
     counts = ("tokens", "documents", "bytes")
     for name, kind in (kinds | dict.fromkeys(counts, dict)).items():
         if not isinstance(meta.get(name), kind):
@@ -165,11 +171,10 @@ def _read_side(folder: Path, side: str, meta: dict[str, Any]) -> TokenStream:
             f"{expected} bytes. It was cut short or is another file. {_AGAIN}"
         )
     try:
-        starts = np.load(starts_path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        starts = read_array(starts_path)
+    except UserError as error:
         raise UserError(f"{starts_path} was cut short or is not an array file. {_AGAIN}") from error
-    right_kind = isinstance(starts, np.ndarray) and starts.dtype == np.int64
-    if not right_kind or starts.shape != (documents,):
+    if starts.dtype != np.int64 or starts.shape != (documents,):
         raise UserError(
             f"{starts_path} does not hold the {documents} positions {META} speaks of. {_AGAIN}"
         )
@@ -177,9 +182,24 @@ def _read_side(folder: Path, side: str, meta: dict[str, Any]) -> TokenStream:
         raise UserError(
             f"{starts_path} does not hold increasing positions from 0 to {count}. {_AGAIN}"
         )
+    for path in (tokens_path, starts_path):
+        _check_sum(path, meta)
     # an empty file cannot be mapped
     tokens = np.memmap(tokens_path, dtype, "r") if count > 0 else np.zeros(0, dtype)
     return TokenStream(tokens, starts, meta["bytes"][side], meta["vocab_size"])
+
+
+def _check_sum(path: Path, meta: dict[str, Any]) -> None:
+    if path.stat().st_size <= CHECKED and _crc32(path) != meta["crc32"].get(path.name):
+        raise UserError(f"{path} does not hold what was written. {_AGAIN}")
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _umask() -> int:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrec.errors import UserError
-from jaxrec.training.data.puzzles import PuzzleSet, Rows, single_puzzles
+from jaxrec.models.hrm import Rows
+from jaxrec.training.data.puzzles import PuzzleSet, single_puzzles
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Rows and columns of a box, by the size of the grid."""
@@ -241,7 +242,7 @@ def symmetry(size: int, rng: np.random.Generator) -> Symmetry:
     return Symmetry(cells.reshape(-1), digits)
 
 
-def puzzle_rows(puzzles: list[Sudoku]) -> Rows:
+def puzzle_rows(puzzles: list[Sudoku]) -> Rows[np.ndarray]:
     """Puzzles of one size as tokens: digit + 1, and 1 for blank; all have vector 0."""
     question = np.stack([puzzle.question.reshape(-1) for puzzle in puzzles])
     answer = np.stack([puzzle.answer.reshape(-1) for puzzle in puzzles])

@@ -6,15 +6,15 @@ name.
 
 import codecs
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from jaxrec.config import read_json
 from jaxrec.errors import UserError, nearest
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -224,8 +224,9 @@ def _tokenizer_file(path: str | Path) -> Path:
 def _configured_bos(folder: Path) -> str | None:
     """The `bos_token` of a folder's `tokenizer_config.json`: a string, or in its `content`."""
     try:
-        config: Any = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / _CONFIG_FILE)
+    except UserError:
         return None
     token = config.get("bos_token") if isinstance(config, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

@@ -124,16 +124,18 @@ def _rows(file: Path) -> list[list[str]]:
 def _numbers(file: Path, columns: int | None, kind: type) -> np.ndarray:
     rows = _rows(file)
     columns = len(rows[0]) if columns is None else columns
-    for i, row in enumerate(rows, start=1):
+    numbers = np.zeros((len(rows), columns), np.float64 if kind is float else np.int64)
+    for i, row in enumerate(rows):
         if len(row) != columns:
-            raise UserError(f"{file}, line {i}: expected {columns} numbers, got {len(row)}.")
+            raise UserError(f"{file}, line {i + 1}: expected {columns} numbers, got {len(row)}.")
         try:
-            [kind(x) for x in row]
-        except ValueError as error:
-            raise UserError(f"{file}, line {i}: {' '.join(row)!r} holds no {kind.__name__}.") from (
-                error
-            )
-    return np.array(rows).astype(np.float64 if kind is float else np.int64)
+            numbers[i] = [kind(x) for x in row]
+        except (ValueError, OverflowError) as error:
+            raise UserError(
+                f"{file}, line {i + 1}: {' '.join(row)!r} holds no {kind.__name__} that a computer"
+                " number can be."
+            ) from error
+    return numbers
 
 
 def _integers(file: Path, columns: int = 1) -> np.ndarray:

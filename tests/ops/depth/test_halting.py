@@ -47,11 +47,15 @@ STATE = np.random.default_rng(2).normal(size=(2, 3, 4)).astype(np.float32)
 def loop(matrix, state, **options):
     """A layer that mixes positions, so that halted ones matter to others."""
     return adaptive_loop(
-        step=lambda s, t: jnp.tanh(s @ matrix + jnp.mean(s, axis=1, keepdims=True)),
+        step=lambda s, t, passes: (
+            jnp.tanh(s @ matrix + jnp.mean(s, axis=1, keepdims=True)),
+            passes + 1,
+        ),
         probability=lambda s: jax.nn.sigmoid(s @ VECTOR - 0.5),
         prepare=lambda s, t: s + 0.1 * t.astype(jnp.float32),
         state=state,
         max_loops=9,
+        memory=jnp.zeros((), jnp.int32),
         **options,
     )
 
@@ -84,11 +88,12 @@ def test_the_loop_equals_a_scalar_one_in_both_forms(rule):
     output, ponder = naive(rule)
     assert len(np.unique(np.floor(ponder))) > 1, "positions should halt at different loops"
     for differentiable in (True, False):
-        end, got = jax.jit(lambda m, s, d=differentiable: loop(m, s, rule=rule, differentiable=d))(
+        end = jax.jit(lambda m, s, d=differentiable: loop(m, s, rule=rule, differentiable=d))(
             MATRIX, STATE
         )
-        np.testing.assert_allclose(end.output, output, atol=2e-6)
-        np.testing.assert_allclose(got, ponder, atol=2e-6)
+        np.testing.assert_allclose(end.halting.output, output, atol=2e-6)
+        np.testing.assert_allclose(end.ponder, ponder, atol=2e-6)
+        assert end.memory == end.loops == (9 if differentiable else int(ponder.max()))
 
 
 def test_only_the_remainder_trains_the_ponder_time():
@@ -108,6 +113,8 @@ def test_padding_does_not_ponder_and_rows_may_halt_as_one():
     assert ponder_loss(ponder) == 4
     assert ponder_loss(ponder, jnp.array([[True, True, False]])) == 1.5
     np.testing.assert_allclose(global_probability(ponder), [[4, 4, 4]])
+    masked = global_probability(ponder, jnp.array([[True, True, False]]))
+    np.testing.assert_allclose(masked, [[1.5, 1.5, 1.5]])
 
 
 def test_an_unknown_rule_is_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrec.ops.depth import remat_scan
-from jaxrec.ops.depth.remat import REMAT_POLICIES
+from jaxrec.ops.depth.remat import REMAT_POLICIES, Apart
 
 STEPS, WIDTH = 11, 64
 
@@ -42,6 +42,21 @@ def test_values_and_gradients_are_those_of_a_plain_scan(remat, steps):
     got = value_and_gradient(remat)(*inputs(steps))
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_with_inputs_apart_are_those_of_a_scan():
+    carry, xs = inputs(3)
+    other = np.arange(3, dtype=np.float32)
+
+    def with_other(carry, x):
+        carry, y = body(carry, x[0])
+        return carry, y | {"other": x[1]}
+
+    apart = Apart(tuple({"u": xs["u"][i]} for i in range(3)))
+    got = jax.jit(lambda carry, *xs: remat_scan(with_other, carry, xs))(carry, apart, other)
+    want = jax.jit(lambda carry, *xs: remat_scan(with_other, carry, xs))(carry, xs, other)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-7)
 
 
 def test_what_the_gradient_keeps():

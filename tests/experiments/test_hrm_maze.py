@@ -1,0 +1,23 @@
+"""The experiment's small run works, and the full-scale one reads as it is."""
+
+import pytest
+
+from jaxrec.cli.train import parse
+from jaxrec.models.hrm import MAZE_27M
+from tests.experiments.smoke import EXPERIMENTS, smoke
+
+
+@pytest.mark.slow  # three programs to compile
+def test_smoke(tmp_path):
+    results = smoke("hrm_maze", tmp_path)
+    assert len(results["exact"]) == 4 and results["puzzles"] == 10
+    assert [len(group["exact"]) for group in results["by_length"]] == [4] * 4
+    lengths = [group["steps_of_path"] for group in results["by_length"]]
+    assert lengths == sorted(lengths) and lengths[0][0] >= 1
+
+
+def test_the_full_scale_run_is_the_published_one():
+    file = EXPERIMENTS / "hrm_maze" / "full_scale.yaml"
+    _, arguments = parse(["jaxrec.models.hrm:MAZE_27M", "--config", str(file), "--data", "x"])
+    assert arguments.model == MAZE_27M
+    assert arguments.train.optimizer.weight_decay == arguments.train.puzzle_decay == 1.0
