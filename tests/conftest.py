@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
     # Tests compile far more than they run. Without LLVM's optimisations a training step compiles
     # in 40 % of the time, and what it computes is the same program.
     + " --xla_backend_optimization_level=0"
+    # And in half of that time, where loops are written by the older emitter and a program is not
+    # cut into 32 parts for as many threads: all cores are busy with other tests.
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     # Eight devices share a few cores, and XLA ends the process when one of them comes 40 s late to
     # a collective, which a machine with other work can bring about.
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"

@@ -30,8 +30,6 @@ def with_whole_weights(
     weights: Any,
     rows: Any,
     shared: Any,
-    *,
-    leave_parts: bool = False,
 ) -> tuple[Any, Any]:
     """Calls run(weights, rows, shared) on every device's rows, with all of the weights.
 
@@ -46,8 +44,6 @@ def with_whole_weights(
       weights: modules, a pytree; their variables name their axes.
       rows: pytree of arrays (b ...).
       shared: pytree of arrays that are the same for all rows.
-      leave_parts: where weights lie in parts, leave them to the compiler, which gathers them in
-        every loop and never keeps them.
 
     Returns:
       What `run` returned: a pytree of arrays (b ...), and one of arrays that are the same whatever
@@ -67,8 +63,6 @@ def with_whole_weights(
     leaves, structure = jax.tree.flatten(weights)
     variables = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
     parts = [_parts(variable, automatic) for variable in variables]
-    if leave_parts and any(_gathered(each, over) for each in parts):
-        return run(weights, rows, shared)
     copies = [_copy_for_each(x, each, over) for x, each in zip(leaves, parts, strict=True)]
 
     def on_each(copies: list[jax.Array], rows: Any, shared: Any) -> tuple[Any, Any]:

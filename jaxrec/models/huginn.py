@@ -377,11 +377,7 @@ class Huginn(nnx.Module):
             if state is not None:  # of writing, where nothing is trained
                 latent, (kept, loop, info) = run(weights, rows, shared)
             else:
-                # Without remat over the loops, each that the gradient passes through stores what it
-                # reads: as many copies of whole weights.
-                latent, (kept, loop, info) = with_whole_weights(
-                    run, weights, rows, shared, leave_parts=per_loop == "none"
-                )
+                latent, (kept, loop, info) = with_whole_weights(run, weights, rows, shared)
         state = kept if kept is None else cache.set_loops(kept, view, loop)
         return latent, state, info
 

@@ -33,12 +33,12 @@ def looped(blocks, rows, shared):
     return {"x": x, "none": None}, jnp.exp(scale)
 
 
-def loss(params, graph, x, scale, **options):
-    rows, shared = with_whole_weights(looped, nnx.merge(graph, params), {"x": x}, scale, **options)
+def loss(params, graph, x, scale):
+    rows, shared = with_whole_weights(looped, nnx.merge(graph, params), {"x": x}, scale)
     return jnp.mean(rows["x"] ** 2) + shared
 
 
-def compiled(mesh, batch, **options):
+def compiled(mesh, batch):
     graph, params = nnx.split(stack())
     places = parameter_shardings(nnx.merge(graph, params), mesh)
     params = jax.device_put(nnx.to_pure_dict(params), places)
@@ -47,7 +47,7 @@ def compiled(mesh, batch, **options):
     arguments = params, jax.device_put(x, rows), jnp.float32(0.5)
     with jax.set_mesh(mesh):
         step = jax.jit(
-            jax.value_and_grad(lambda params, x, scale: loss(params, graph, x, scale, **options)),
+            jax.value_and_grad(lambda params, x, scale: loss(params, graph, x, scale)),
             out_shardings=(None, places),
         )
         program = step.lower(*arguments).compile()
@@ -75,12 +75,3 @@ def test_weights_are_gathered_and_gradients_scattered_once():
     assert [one.bytes for one in scatters] == [2 * 8 * 8 / 2 * 4] * 3
     # What the width is split over works inside the loops.
     assert any(one.times > 1 for one in found if one.axes == ("model",))
-
-
-def test_parts_may_be_left_to_the_compiler():
-    _, text = compiled(build_mesh(MESH), 8, leave_parts=True)
-    found = exchanges(text, parse_mesh(MESH))
-    assert any(one.times > 1 for one in found if one.axes == ("fsdp",))
-    # Where nothing lies in parts over the batch there is nothing to leave.
-    _, text = compiled(build_mesh("data=8"), 8, leave_parts=True)
-    assert all(one.times == 1 for one in exchanges(text, parse_mesh("data=8")))

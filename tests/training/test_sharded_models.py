@@ -122,23 +122,18 @@ def test_accumulation_and_remat_change_no_loss(changes):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat"),
+    "mesh",
     [
-        ("data=2,model=4", "dots"),
+        "data=2,model=4",
         *(
-            pytest.param(mesh, "dots", marks=pytest.mark.slow)
-            for mesh in ("data=8", "data=2,seq=4")
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in ("data=8", "data=2,seq=4", "fsdp=8", "data=2,fsdp=2,model=2")
         ),
-        pytest.param("fsdp=8", "sqrt", marks=pytest.mark.slow),
-        pytest.param("data=2,fsdp=2,model=2", "sqrt", marks=pytest.mark.slow),
     ],
 )
-def test_a_looped_core_exchanges_nothing_over_the_batch_while_it_loops(mesh, remat):
+def test_a_looped_core_exchanges_nothing_over_the_batch_while_it_loops(mesh):
     """Its weights are gathered once and its gradient is summed once, however deep it is."""
     (subject,) = (each for each in SUBJECTS if (each.module, each.name) == ("huginn", "TINY"))
-    if remat != "dots":  # that of the other tests
-        program = functools.partial(language_model, smaller(huginn.TINY), remat=remat)
-        subject = subject._replace(program=program)
     result = trial(subject, mesh)
     found = exchanges(result.text, parse_mesh(mesh), loops=99)
     over_rows = [one for one in found if set(one.axes) & {"data", "fsdp"}]

@@ -6,6 +6,7 @@ transformers, Geiping et al. 2025, arXiv:2502.05171, section 3), and `until` hal
 one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def iterate(
             if isinstance(n, int) and until is None:
                 return advance(loop), None
             busy = jnp.logical_and(loop.taken < n, ~_all_halted(loop.info, until))
-            return lax.cond(busy, advance, lambda loop: loop, loop), None
+            # Not lax.cond: its gradient would store the weights that a step reads, once per step.
+            return jax.tree.map(functools.partial(jnp.where, busy), advance(loop), loop), None
 
         loop, _ = remat_scan(graded, loop, None, length=grad_steps, remat=remat)
     return loop.z, loop.info

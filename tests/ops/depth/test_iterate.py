@@ -98,6 +98,19 @@ def test_truncated_gradient_equals_the_unrolled_loop(n, remat):
     assert np.any(got[1] != 0) == (n <= 3)
 
 
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_the_gradient_stores_no_weights(remat):
+    """Whatever else it stores once per step."""
+
+    def loss(w, z, n):
+        return jnp.sum(iterate(lambda z: jnp.tanh(z @ w), z, n, grad_steps=3, remat=remat)[0])
+
+    weights, z = np.ones((4, 4), np.float32), np.ones((2, 4), np.float32)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(weights, z, np.int32(5))
+    assert "f32[3,2,4]" in str(jaxpr)  # states
+    assert "f32[3,4,4]" not in str(jaxpr)
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_halted_elements_get_the_gradient_of_the_steps_they_took(traced):
     @jax.jit
