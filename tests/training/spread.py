@@ -34,7 +34,7 @@ from jaxrec.training.losses import cross_entropy
 from jaxrec.training.puzzles import build_puzzle_steps
 from jaxrec.training.step import build_steps
 
-STEPS, BATCH, TIME, VOCABULARY = 20, 8, 16, 256
+STEPS, BATCH, TIME, VOCABULARY, WIDTH = 20, 8, 20, 256, 32
 EVERYWHERE = ("data=8", "fsdp=8", "data=2,model=4", "data=2,seq=4")
 BY_ROW = ("data=8", "fsdp=8")
 """Meshes of trainers whose batches are not sequences."""
@@ -44,7 +44,7 @@ BY_ROW = ("data=8", "fsdp=8")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=STEPS, schedule="constant")
 SMALL = {
     "vocab_size": VOCABULARY,
-    "width": 32,
+    "width": WIDTH,
     "layers": 3,
     "heads": 4,
     "mlp_width": 64,
@@ -62,7 +62,8 @@ SMALL = {
     "window": 8,
     "chunk": 4,
 }
-"""Sizes that divide by all meshes; a width that the model has only once stays one."""
+"""Sizes that divide by all meshes, and none that a device's rows times TIME could be taken for; a
+width that the model has only once stays one."""
 
 
 class Trial(NamedTuple):
