@@ -1,9 +1,9 @@
 """Depth at test time: bits per byte of the default language model, and a task that needs depth.
 
 The text part evaluates a run of `make train`; it is trained first where there is none. In the task
-a small Huginn follows 1 to 6 hops around a ring, each hop a look that needs the one before. Writes
-results.json, text.png, hops.png and the tables of README.md; with --smoke, tiny models make a few
-steps and nothing is written.
+a small Huginn works out sums, differences and products from left to right, modulo 5: each value
+needs the one before. Writes results.json, text.png, task.png and the tables of README.md; with
+--smoke, tiny models make a few steps and nothing is written.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from jaxrec.analysis.depth_use import latent_changes, loops_to_settle
 from jaxrec.cli import main as jaxrec
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.training.config import OptimizerConfig
-from jaxrec.training.data.synthetic import hops_of, multi_hop
+from jaxrec.training.data.synthetic import modular_arithmetic
 from jaxrec.training.evaluation import evaluate_run
 from jaxrec.training.runs import read_run, versions
 from jaxrec.training.tasks import task_predictions, train_task
@@ -32,17 +32,18 @@ MARK = "<!-- Below this line everything is written by run.py. -->"
 TRAIN = "jaxrec.models.huginn:TINY --data python-docs --steps 220 --optimizer.learning-rate 4e-3"
 TINY = "--steps 2 --batch 2 --time 32 --eval-batches 1 --model.width 16 --model.heads 2"
 TEXT_DEPTHS = (1, 2, 3, 4, 6, 8, 16, 32)
-NODES, HOPS, QUERIES = 8, 6, 12
-DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+VALUES, ASKED = 12, 24  # values worked out in a row: in training, and when tested
+SHOWN = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24)
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 SETTLED = 0.03  # relative change of the latent state, the published threshold
-HOPPER = HuginnConfig(
-    vocab_size=NODES**2 + NODES * HOPS,
+REASONER = HuginnConfig(
+    vocab_size=8,  # five digits, three operators
     width=64,
     heads=4,
     mlp_width=128,
-    prelude_layers=1,
+    prelude_layers=0,  # all that is computed is computed by the loop
     core_layers=1,
-    coda_layers=1,
+    coda_layers=0,
     context=64,
     mean_depth=4,
     backprop_depth=4,
@@ -53,7 +54,7 @@ HOPPER = HuginnConfig(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/huginn-tiny"), help="of the text")
-    parser.add_argument("--steps", type=int, default=2500, help="of training in the task")
+    parser.add_argument("--steps", type=int, default=3000, help="of training in the task")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +66,7 @@ def main() -> None:
     if not options.smoke:
         (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         plot_text(text, HERE / "text.png")
-        plot_task(task, HERE / "hops.png")
+        plot_task(task, HERE / "task.png")
         readme = HERE / "README.md"
         readme.write_text(f"{readme.read_text().partition(MARK)[0]}{MARK}\n\n{tables(results)}")
 
@@ -89,37 +90,37 @@ def text_part(run: Path, smoke: bool) -> dict[str, Any]:
 
 
 def task_part(steps: int, examples: int) -> dict[str, Any]:
-    """Accuracy by depth and hops of a model trained at random depths, and when it settles."""
+    """Accuracy by depth of a model trained at random depths, and when it settles, by value."""
     began = time.perf_counter()
     trained = train_task(
-        HOPPER,
-        lambda step: multi_hop(64, NODES, HOPS, QUERIES, seed=step).batch(),
+        REASONER,
+        lambda step: modular_arithmetic(64, 2 * VALUES - 1, seed=step).batch(),
         steps=steps,
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=50, weight_decay=0.0, final_fraction=0.05
         ),
     )
     seconds = time.perf_counter() - began
-    test = multi_hop(examples, NODES, HOPS, QUERIES, seed=10**6).batch()
-    hops, key = hops_of(test["inputs"], NODES, HOPS), jax.random.key(0)
+    test, key = modular_arithmetic(examples, 2 * ASKED - 1, seed=10**6).batch(), jax.random.key(0)
 
-    def by_hops(values: np.ndarray) -> list[float]:
-        return [round(float(values[hops == k].mean()), 4) for k in range(1, HOPS + 1)]
+    def by_value(found: np.ndarray) -> list[float]:
+        return [round(float(x), 4) for x in found[:, ::2].mean(axis=0)]
 
     accuracy = {}
     for depth in DEPTHS:
         best = task_predictions(trained.model, test, depth=depth, key=key)
-        accuracy[depth] = by_hops(best == test["labels"])
+        accuracy[depth] = by_value(best == test["labels"])
     other = task_predictions(trained.model, test, depth=DEPTHS[-1], key=jax.random.key(1))
     changes = latent_changes(trained.model, test["inputs"], depth=DEPTHS[-1], key=key)
+    same = (best == other)[:, : 2 * VALUES : 2]
     return {
         "steps": steps,
         "minutes": round(seconds / 60, 2),
-        "mean_loops": HOPPER.mean_depth + 1,
+        "mean_loops": REASONER.mean_depth + 1,
         "last_loss": round(float(np.mean(trained.losses[-50:])), 4),
         "accuracy": accuracy,
-        "loops_to_settle": by_hops(loops_to_settle(np.asarray(changes), SETTLED)),
-        "same_answer_from_another_latent": round(float(np.mean((best == other)[hops > 0])), 4),
+        "loops_to_settle": by_value(loops_to_settle(np.asarray(changes), SETTLED)),
+        "same_answer_from_another_latent": round(float(np.mean(same)), 4),
     }
 
 
@@ -134,21 +135,22 @@ def tables(results: dict[str, Any]) -> str:
         "|---|" + "---|" * len(bits),
         "| bits per byte | " + " | ".join(f"{x:.3f}" for x in bits.values()) + " |",
         "",
-        f"The ring, after {task['steps']} steps of {task['mean_loops']} loops in the mean, in"
-        f" {task['minutes']} minutes; accuracy in percent:",
+        f"Arithmetic, after {task['steps']} steps of {task['mean_loops']} loops in the mean, in"
+        f" {task['minutes']} minutes; percent right of the 1st, 2nd, ... value of a row, of which"
+        f" {VALUES} were trained:",
         "",
-        "| depth | " + " | ".join(f"{k} hops" for k in range(1, HOPS + 1)) + " |",
-        "|---|" + "---|" * HOPS,
+        "| depth | " + " | ".join(map(str, SHOWN)) + " |",
+        "|---|" + "---|" * len(SHOWN),
     ]
     for depth, row in task["accuracy"].items():
-        lines.append(f"| {depth} | " + " | ".join(f"{100 * x:.0f}" for x in row) + " |")
-    settle = " | ".join(f"{x:.1f}" for x in task["loops_to_settle"])
+        lines.append(f"| {depth} | " + " | ".join(f"{100 * row[k - 1]:.0f}" for k in SHOWN) + " |")
+    settle = " | ".join(f"{task['loops_to_settle'][k - 1]:.1f}" for k in SHOWN)
     same = 100 * task["same_answer_from_another_latent"]
     lines += [
         f"| loops to settle | {settle} |",
         "",
-        f"From another initial latent state, {same:.1f} % of the answers at depth {DEPTHS[-1]} are"
-        " the same.",
+        f"From another initial latent state, {same:.1f} % of the first {VALUES} answers at depth"
+        f" {DEPTHS[-1]} are the same.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -163,16 +165,16 @@ def plot_text(text: dict[str, Any], path: Path) -> None:
 
 
 def plot_task(task: dict[str, Any], path: Path) -> None:
-    """Accuracy against depth, one line for each number of hops."""
+    """Accuracy against depth, one line for each value of a row."""
     import matplotlib.pyplot as plt
 
     figure, axis = canvas(task["mean_loops"])
-    for k in range(HOPS):
-        values = [row[k] for row in task["accuracy"].values()]
-        colour = plt.colormaps["viridis"](k / HOPS)
-        axis.plot(list(task["accuracy"]), values, marker="o", color=colour, label=f"{k + 1} hops")
+    for i, k in enumerate(SHOWN):
+        values = [row[k - 1] for row in task["accuracy"].values()]
+        style = {"color": plt.colormaps["viridis"](i / len(SHOWN)), "label": f"value {k}"}
+        axis.plot(list(task["accuracy"]), values, "o-" if k <= VALUES else "o--", **style)
     axis.set(ylabel="accuracy", ylim=(0, 1.03))
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
 
 
@@ -186,7 +188,7 @@ def canvas(mean: int) -> tuple[Any, Any]:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.axvline(mean, color="grey", linestyle=":", linewidth=1)
     axis.set(xscale="log", xlabel="loops at test time; dotted: the mean of training")
-    axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     axis.minorticks_off()
     axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)

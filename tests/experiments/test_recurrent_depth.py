@@ -1,4 +1,4 @@
-"""The experiment's small run works: depths of the text, hops by depth."""
+"""The experiment's small run works: depths of the text, values by depth."""
 
 import pytest
 
@@ -11,4 +11,4 @@ def test_smoke(tmp_path):
     assert set(results["text"]["bits_per_byte"]) == {"1", "2"}
     task = results["task"]
     assert {"1", "8", "32"} <= set(task["accuracy"])
-    assert all(len(row) == 6 for row in [*task["accuracy"].values(), task["loops_to_settle"]])
+    assert all(len(row) == 24 for row in [*task["accuracy"].values(), task["loops_to_settle"]])

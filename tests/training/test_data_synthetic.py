@@ -75,26 +75,6 @@ def test_swaps_are_composed():
     assert len(np.unique(synthetic.permutations(40, 50, seed=0).labels)) == 120
 
 
-def test_hops_lead_around_the_ring():
-    task = synthetic.multi_hop(20, 6, 4, 9, seed=0)
-    assert task.inputs.shape == task.labels.shape == (20, 15)
-    asked = synthetic.hops_of(task.inputs, 6, 4)
-    for row, label, hops in zip(task.inputs.tolist(), task.labels, asked, strict=True):
-        after = dict(divmod(token, 6) for token in row[:6])
-        assert set(after) == set(after.values()) == set(range(6))
-        assert np.all(label[:6] == IGNORED) and not np.any(hops[:6])
-        for token, answer, count in zip(row[6:], label[6:], hops[6:], strict=True):
-            start, more = divmod(token - 36, 4)
-            node = start
-            for _ in range(more + 1):
-                node = after[node]
-                assert node != start, "a ring leads back after all of its nodes"
-            assert (node, more + 1) == (answer, count)
-    assert set(np.unique(asked)) == {0, 1, 2, 3, 4}
-    assert np.any(task.inputs != synthetic.multi_hop(20, 6, 4, 9, seed=1).inputs)
-    assert np.any(np.diff(task.inputs[:, :6], axis=1) < 0), "edges come in any order"
-
-
 def test_a_masked_prefix_asks_for_what_it_hides_and_for_what_follows():
     tokens = np.arange(1, 12)[None].repeat(50, 0)
     batch = synthetic.mask_prefix(tokens, 6, 99, share=0.3, seed=0)
@@ -116,10 +96,6 @@ def test_a_masked_prefix_asks_for_what_it_hides_and_for_what_follows():
         (
             lambda: synthetic.associative_recall(1, 4, 15, vocab=24, seed=0),
             "4 pairs need t >= 16 and vocab >= 10, got 15 and 24",
-        ),
-        (
-            lambda: synthetic.multi_hop(1, 6, 6, 3, seed=0),
-            r"hops in 1 .. nodes - 1 and queries >= 1, got 6, 6 and 3",
         ),
         (lambda: synthetic.parity(1, 0, seed=0), "parity: t must be >= 1, got 0"),
         (

@@ -194,56 +194,6 @@ def permutations(examples: int, time: int, *, elements: int = 5, seed: int) -> T
     return Task(inputs, labels)
 
 
-def multi_hop(examples: int, nodes: int, hops: int, queries: int, *, seed: int) -> Task:
-    """A ring of nodes given as shuffled edges; where does one get in so many hops from a node?
-
-    Token i * nodes + j is the edge from i to j, token nodes^2 + i * hops + k - 1 asks where k hops
-    from i lead, and is to be answered by the number of that node. One hop is one look at the edges,
-    and each needs what the one before has found: a model must look k times in a row.
-
-    Args:
-      examples: number of sequences b.
-      nodes: of the ring, >= 2; it takes all of them to be back.
-      hops: the largest number of hops, 1 .. nodes - 1.
-      queries: asked after the edges, >= 1.
-      seed: of NumPy's `default_rng`.
-
-    Returns:
-      Sequences of length t = nodes + queries, labels at the queries. `hops_of` reads k from them.
-
-    Raises:
-      ValueError: a count is out of range.
-
-    After the p-hop task of Sanford et al., Transformers, parallel computation, and logarithmic
-    depth (2024), arXiv:2402.09268, with an edge in a token.
-    """
-    if nodes < 2 or not 1 <= hops < nodes or queries < 1:
-        raise ValueError(
-            f"multi_hop: needs nodes >= 2, hops in 1 .. nodes - 1 and queries >= 1, got {nodes},"
-            f" {hops} and {queries}."
-        )
-    random = np.random.default_rng(seed)
-    ring = random.permuted(np.tile(np.arange(nodes), (examples, 1)), axis=1)
-    place = np.argsort(ring, axis=1)
-    after = np.take_along_axis(ring, (place + 1) % nodes, axis=1)
-    edges = random.permuted(np.arange(nodes) * nodes + after, axis=1)
-    start = random.integers(0, nodes, (examples, queries))
-    count = random.integers(1, hops + 1, (examples, queries))
-    ends = (np.take_along_axis(place, start, axis=1) + count) % nodes
-    answers = np.take_along_axis(ring, ends, axis=1)
-    asked = nodes**2 + start * hops + count - 1
-    return Task(
-        np.concatenate([edges, asked], axis=1),
-        np.concatenate([np.full_like(edges, IGNORED), answers], axis=1),
-    )
-
-
-def hops_of(inputs: np.ndarray, nodes: int, hops: int) -> np.ndarray:
-    """How many hops each token of `multi_hop` asks for, int (b t); 0 for edges."""
-    asked = inputs - nodes**2
-    return np.where(asked >= 0, asked % hops + 1, 0)
-
-
 def _check_length(name: str, time: int) -> None:
     if time < 1:
         raise ValueError(f"{name}: t must be >= 1, got {time}.")
