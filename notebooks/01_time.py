@@ -20,6 +20,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["PJRT_NPROC"] = "64"  # threads: each device may wait in several collectives
 
 import time
 

@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"  # compiles quickly; the models below are tiny
 )
+os.environ["PJRT_NPROC"] = "64"  # threads: each device may wait in several collectives
 
 import dataclasses
 import functools

@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = (
     # a collective, which a machine with other work can bring about.
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+# Where a program has two independent collectives, each device waits in one of them with a thread;
+# with no more threads than devices, each may wait for another in the wrong one, for ever.
+os.environ["PJRT_NPROC"] = "64"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

@@ -30,6 +30,7 @@ COMMANDS = {
     "check": "compare every op with float64 on the devices of this machine",
     "list": "what the library holds: models, sizes, conversions",
 }
+VIRTUAL = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 MODULES = {"eval": "evaluate", "list": "list_systems"}
 EXIT_BAD_INPUT = 2
 ABOUT_FILES = (  # not ours to prevent: no room, no right, or a file where a folder should be
@@ -41,6 +42,9 @@ ABOUT_FILES = (  # not ours to prevent: no room, no right, or a file where a fol
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 for bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if devices := VIRTUAL.search(os.environ.get("XLA_FLAGS", "")):
+        # With no more threads than devices, two collectives of one program may wait for each other.
+        os.environ.setdefault("PJRT_NPROC", str(8 * int(devices[1])))
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview())

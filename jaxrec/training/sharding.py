@@ -155,7 +155,8 @@ def is_virtual(mesh: Mesh) -> bool:
     """Whether the mesh is made of several CPU devices, which share one pool of threads.
 
     Two programs with collectives that run on them at once can each hold threads that the other
-    waits for, for ever, until XLA ends the process.
+    waits for, for ever, until XLA ends the process; and so can two independent collectives of one
+    program, unless the pool has more threads than there are devices (`PJRT_NPROC`).
     """
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 

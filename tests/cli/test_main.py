@@ -272,6 +272,14 @@ def test_help_names_every_command_and_is_quick(capsys):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_virtual_devices_get_threads_to_wait_in(monkeypatch, capsys):
+    """Some programs never end with one for each device."""
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    assert main(["--help"]) == 0
+    assert os.environ["PJRT_NPROC"] == "32"
+
+
 def test_a_printed_command_says_the_same_again():
     words = ["--steps", "700", "--data", "my text", "--optimizer.ema-decay", "0.9", "--tensorboard"]
     words += ["--eval-depths", "1", "4", "--model.no-tie-embeddings", "--model.width", "64"]
