@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if devices := VIRTUAL.search(os.environ.get("XLA_FLAGS", "")):
         # With no more threads than devices, two collectives of one program may wait for each other.
-        os.environ.setdefault("PJRT_NPROC", str(8 * int(devices[1])))
+        os.environ.setdefault("PJRT_NPROC", str(min(8 * int(devices[1]), 256)))
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview())
