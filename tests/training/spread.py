@@ -35,9 +35,7 @@ from jaxrec.training.puzzles import build_puzzle_steps
 from jaxrec.training.step import build_steps
 
 STEPS, BATCH, TIME, VOCABULARY, WIDTH = 20, 8, 20, 256, 32
-EVERYWHERE = ("data=8", "fsdp=8", "data=2,model=4", "data=2,seq=4")
-BY_ROW = ("data=8", "fsdp=8")
-"""Meshes of trainers whose batches are not sequences."""
+MESHES = ("data=8", "fsdp=8", "data=2,model=4", "data=2,seq=4")
 # The first updates of Adam have the sign of a gradient, whatever its size. At the full rate, what
 # is rounding of a gradient near zero becomes a change of the losses: 9e-4 in 20 steps of GLA,
 # against 4e-7 with a warm-up.
@@ -87,7 +85,6 @@ class Subject(NamedTuple):
 
     module: str
     name: str
-    meshes: tuple[str, ...]
     program: Callable[[str], Program]  # on a mesh
 
 
@@ -100,7 +97,7 @@ def subjects() -> list[Subject]:
             is_other = any(other.module == info.name and other.name == name for other in OTHERS)
             if "TINY" in name and isinstance(preset, LanguageModelConfig) and not is_other:
                 program = functools.partial(language_model, smaller(preset))
-                found.append(Subject(info.name, name, EVERYWHERE, program))
+                found.append(Subject(info.name, name, program))
     return found + OTHERS
 
 
@@ -268,7 +265,7 @@ def translations(step: int) -> dict[str, np.ndarray]:
     }
 
 
-VISION = vision_config(width=32, heads=2, layers=2, patch=2, grid=(4, 4), classes=4)
+VISION = vision_config(width=32, heads=4, layers=2, patch=2, grid=(4, 4), classes=4)
 VIT = ViTConfig(classes=4, width=32, heads=4, layers=2, mlp_width=64, patch=4, grid=(2, 2))
 GRAPHS = graph_classifier.GraphClassifierConfig(features=3, classes=2, width=32, layers=2)
 CLASSIFIER = SequenceClassifierConfig(
@@ -279,24 +276,21 @@ TRANSLATOR = smaller(
 )
 
 
-def _plain(module: str, name: str, config: Any, loss: Any, batch: Any, meshes: Any) -> Subject:
-    return Subject(module, name, meshes, functools.partial(any_model, config, loss, batch))
+def _plain(module: str, name: str, config: Any, loss: Any, batch: Any) -> Subject:
+    return Subject(module, name, functools.partial(any_model, config, loss, batch))
 
 
 OTHERS = [
-    Subject("hrm", "SUDOKU", BY_ROW, puzzles),
-    Subject("vit", "VIT", BY_ROW, functools.partial(images, VIT)),
-    Subject("plstm_vision", "VISION", BY_ROW, functools.partial(images, VISION)),
+    Subject("hrm", "SUDOKU", puzzles),
+    Subject("vit", "VIT", functools.partial(images, VIT)),
+    Subject("plstm_vision", "VISION", functools.partial(images, VISION)),
     _plain(
         "graph_classifier",
         "GRAPHS",
         GRAPHS,
         lambda model, bucket: of_sequences(model, (bucket.inputs, bucket.labels)),
         graphs,
-        BY_ROW,
     ),
-    _plain("sequence_classifier", "S5", CLASSIFIER, of_sequences, sequences, EVERYWHERE),
-    _plain(
-        "universal_transformer", "UT_TINY", TRANSLATOR, of_translation, translations, EVERYWHERE
-    ),
+    _plain("sequence_classifier", "S5", CLASSIFIER, of_sequences, sequences),
+    _plain("universal_transformer", "UT_TINY", TRANSLATOR, of_translation, translations),
 ]

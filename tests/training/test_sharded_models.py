@@ -18,14 +18,14 @@ from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
 from jaxrec.models import linear_rnn
 from jaxrec.training.sharding import batch_sharding, build_mesh, parse_mesh
-from tests.training.spread import BATCH, EVERYWHERE, WIDTH, language_model, smaller, subjects, trial
+from tests.training.spread import BATCH, MESHES, WIDTH, language_model, smaller, subjects, trial
 
 SUBJECTS = subjects()
 QUICK = {("huginn", "data=2,model=4"), ("linear_rnn", "data=2,seq=4")}
 """The others are slow: each has a program to compile."""
 
 
-def cases(meshes=EVERYWHERE):
+def cases(meshes=MESHES):
     return [
         pytest.param(
             subject,
@@ -34,8 +34,7 @@ def cases(meshes=EVERYWHERE):
             marks=[] if (subject.module, mesh) in QUICK else [pytest.mark.slow],
         )
         for subject in SUBJECTS
-        for mesh in subject.meshes
-        if mesh in meshes
+        for mesh in meshes
     ]
 
 

@@ -278,15 +278,15 @@ def _by_rows(grid: Grid, orientations: tuple[int, ...]) -> Array:
     turns = [bool(back) for back, flow in enumerate(flows) if flow is not None]
 
     def turned(z: Array, axis: int) -> Array:
-        """z (x ...) as each direction meets it, side by side along the axis of the batch."""
-        return jnp.concatenate([jnp.flip(z, 0) if turn else z for turn in turns], axis)
+        """z (x ...) as each direction meets it."""
+        return _side_by_side([jnp.flip(z, 0) if turn else z for turn in turns], axis)
 
     k, v = (_all_nodes(turned(z, 2)) for z in (grid.k, grid.v))
     q = jnp.moveaxis(turned(grid.q, 2), 1, 3)
-    flow = _side_by_side(*flows)
+    flow = _both_onward(*flows)
     # The outputs of a row weigh its own inputs once, in the first direction.
     own = jnp.flip(own, 0) if turns[0] else own
-    own = jnp.pad(own, [(0, 0), (0, flow.mark.shape[1] - own.shape[1])] + [(0, 0)] * 3)
+    own = _side_by_side([own] + [jnp.zeros_like(own)] * (len(turns) - 1), 1)
 
     @jax.checkpoint
     def step(reached: Array, row: tuple[Flow, Array, Array, Array]) -> tuple[Array, Array]:
@@ -300,15 +300,20 @@ def _by_rows(grid: Grid, orientations: tuple[int, ...]) -> Array:
     inputs = own.shape[-1]
     start = jnp.zeros_like(flow.source, shape=(*flow.source.shape[1:-1], x * inputs))
     _, out = lax.scan(step, start, (flow, own, q, jnp.arange(x, dtype=jnp.int32) * inputs))
-    each = jnp.split(out, len(turns), axis=1)
-    each = [jnp.flip(z, 0) if turn else z for z, turn in zip(each, turns, strict=True)]
+    apart = jnp.moveaxis(out.reshape(x, -1, len(turns), *out.shape[2:]), 2, 0)
+    each = [jnp.flip(z, 0) if turn else z for z, turn in zip(apart, turns, strict=True)]
     return jnp.moveaxis(functools.reduce(jnp.add, each), 3, 1)
 
 
-def _side_by_side(onward: Flow | None, back: Flow | None) -> Flow:
-    """Both along the axis of the batch, as if both ran onward; zeros where one has fewer
-    orientations.
+def _side_by_side(parts: list[Array], axis: int) -> Array:
+    """Parts of one shape along the axis of the batch, those of a row next to each other, so that
+    rows which lie on several devices stay where they are.
     """
+    return merged_axes(jnp.stack(parts, axis + 1), axis, 2)
+
+
+def _both_onward(onward: Flow | None, back: Flow | None) -> Flow:
+    """Both side by side, as if both ran onward; zeros where one has fewer orientations."""
     flows = [] if onward is None else [onward]
     if back is not None:
         flows.append(jax.tree.map(lambda z: jnp.flip(z, 0), back))
@@ -316,7 +321,7 @@ def _side_by_side(onward: Flow | None, back: Flow | None) -> Flow:
 
     def joined(*parts: Array) -> Array:
         fill = [[(0, 0)] * 3 + [(0, count - z.shape[3])] + [(0, 0)] * 2 for z in parts]
-        return jnp.concatenate([jnp.pad(z, f) for z, f in zip(parts, fill, strict=True)], axis=1)
+        return _side_by_side([jnp.pad(z, f) for z, f in zip(parts, fill, strict=True)], 1)
 
     return jax.tree.map(joined, *flows)
 
