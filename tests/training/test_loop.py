@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -49,6 +50,10 @@ def assert_same_bits(left, right):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def crash(model, tokenizer):
+    raise RuntimeError("the power failed")
+
+
 def test_a_run_leaves_what_its_reader_needs(straight):
     path, runs, outcome = straight
     lines = read(runs / "run" / "metrics.jsonl")
@@ -67,13 +72,24 @@ def test_a_run_leaves_what_its_reader_needs(straight):
 def test_a_crashed_run_resumes_bit_for_bit(straight, text, tmp_path):
     path, runs, outcome = straight
     config = run_config(text, sample_every=6)
-
-    def crash(model, tokenizer):
-        raise RuntimeError("the power failed")
-
     with pytest.raises(RuntimeError, match="power"):
         train(path, MODELS[path], config, runs=tmp_path, sample=crash)
     again = train(path, MODELS[path], config, runs=tmp_path)
+    assert again.step == 8
+    assert_same_bits(again.state, outcome.state)
+    assert losses(tmp_path / "run") == losses(runs / "run")
+
+
+def test_a_clock_that_was_set_back_changes_nothing(straight, text, tmp_path, monkeypatch):
+    """Neither which checkpoint is the newest nor what is read next."""
+    path, runs, outcome = straight
+    with pytest.raises(RuntimeError, match="power"):
+        train(path, MODELS[path], run_config(text, sample_every=6), runs=tmp_path, sample=crash)
+    for file in (tmp_path / "run").rglob("*"):
+        os.utime(file, (4e9, 4e9))
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18)
+    again = train(path, MODELS[path], run_config(text), runs=tmp_path)
     assert again.step == 8
     assert_same_bits(again.state, outcome.state)
     assert losses(tmp_path / "run") == losses(runs / "run")
