@@ -51,9 +51,10 @@ def iterate(
       n: number of steps, >= 0; a Python int or a traced int32 (one compilation serves every n).
       grad_steps: the gradient passes through the last `grad_steps` steps only. When n is larger,
         the steps before run without gradient and z receives none; when n is smaller, everything is
-        differentiated, and steps that a traced n leaves out are computed all the same. None: through all n steps if n is an int and `until` is None; otherwise
-        reverse-mode differentiation is not possible and JAX says so. A bound on n makes a traced
-        loop fully differentiable.
+        differentiated, and steps that a traced n leaves out are computed all the same. None:
+        through all n steps if n is an int and `until` is None; otherwise reverse-mode
+        differentiation is not possible and JAX says so. A bound on n makes a traced loop fully
+        differentiable.
       until: (new z, old z) -> bool array over leading axes of z, such as (b) or (b t). An element
         for which it holds keeps that new z from then on. The loop ends early once all have halted.
       remat: what the gradient of the last `grad_steps` steps stores, see `remat_scan`.
