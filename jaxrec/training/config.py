@@ -275,6 +275,9 @@ class PuzzleConfig(RunConfig):
     eval_puzzles: int = 256
     """Held-out puzzles per evaluation, spread over all of them, >= 1; the one at the end reads four
     times as many."""
+    remat: RematPolicy = "block"
+    """What the backward pass computes again: nothing, all but the products with weights, each block
+    (the fastest on CPU), or blocks in groups of about the root of their number."""
     puzzle_rate: float = 1e-3
     """Peak learning rate of the puzzles' vectors, > 0; its schedule is the optimizer's."""
     puzzle_decay: float = 0.1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrec.ops import notes
+from jaxrec.ops.kept import PRODUCTS_AND_KEPT
 
 RematPolicy = Literal["none", "dots", "block", "sqrt"]
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
@@ -55,10 +56,10 @@ def remat_scan(
         `Apart`: then the steps are written out one by one, and a gradient stores everything.
       length: number of steps; needed when xs has no leaves.
       remat: "none" stores every intermediate of every step; "dots" stores the carry and the results
-        of matrix products with weights of every step and recomputes the rest; "block" stores the
-        carry of every step and recomputes one step at a time; "sqrt" stores the carry of every
-        sqrt(n)-th step and recomputes one such stretch at a time: O(sqrt n) carries for one more
-        forward pass.
+        of matrix products with weights and of recurrences in time of every step and recomputes the
+        rest; "block" stores the carry of every step and recomputes one step at a time; "sqrt"
+        stores the carry of every sqrt(n)-th step and recomputes one such stretch at a time:
+        O(sqrt n) carries for one more forward pass.
 
     Returns:
       The last carry and the stacked ys.
@@ -87,7 +88,7 @@ def _scan(
     assert steps is not None, "remat_scan needs xs or length"
     if remat == "none":
         return lax.scan(body, carry, xs, length=steps)
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    keep = PRODUCTS_AND_KEPT if remat == "dots" else None
     # The loop already keeps XLA from merging the recomputation with the first pass.
     one_step = jax.checkpoint(body, prevent_cse=False, policy=keep)
     stretch = max(1, int(steps**0.5))

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.kept import kept
+
 Method = Literal["auto", "sequential", "associative", "chunked"]
 
 
@@ -134,7 +136,7 @@ def run(a: Array, b: Array, h0: Array, reverse: bool, method: Method) -> tuple[A
 
 
 def _scan_forward(a, b, h0, reverse, method):  # type: ignore[no-untyped-def]
-    h, last = run(a, b, h0, reverse, method)
+    h, last = kept(run(a, b, h0, reverse, method))
     return (h, last), (a, h, h0)
 
 

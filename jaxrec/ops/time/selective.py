@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.time.scan import linear_scan
 
 Method = Literal["auto", "sequential", "chunked"]
@@ -178,7 +179,7 @@ def _dispatch(method: Method, sequential: Any, chunked: Any, *arguments: Any) ->
 
 
 def _scan_forward(chunks, a, state, method):  # type: ignore[no-untyped-def]
-    y, last, borders = _forward(chunks, a, state, method)
+    y, last, borders = kept(_forward(chunks, a, state, method))
     return (y, last), (chunks, a, borders)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.time import scan, selective
 from jaxrec.ops.time.matrix_scan import Inputs as MatrixInputs
 from jaxrec.ops.time.matrix_scan import Rule, chunk_states, finished
@@ -216,9 +217,10 @@ def _forward(a, b, h0, axis, reverse, method, exchange):  # type: ignore[no-unty
         return h, last, entering[None], product[None]
 
     over_time, everywhere, per_device = _places(axis)
-    h, last, entering, product = _on_devices(
+    on_devices = _on_devices(
         run, axis, (over_time, over_time, everywhere), (over_time, everywhere, *[per_device] * 2)
-    )(a, b, h0)
+    )
+    h, last, entering, product = kept(on_devices(a, b, h0))
     return (h, last), (a, h, entering, product)
 
 
@@ -257,7 +259,7 @@ def _matrix_forward(inputs, state, axis, chunk, exchange):  # type: ignore[no-un
 
     over_time, everywhere, _ = _places(axis)
     places = (over_time, everywhere), (over_time, everywhere, over_time)
-    y, last, states = _on_devices(run, axis, *places)(inputs, state)
+    y, last, states = kept(_on_devices(run, axis, *places)(inputs, state))
     return (y, last), (inputs, states)
 
 

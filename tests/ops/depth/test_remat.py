@@ -9,6 +9,7 @@ import pytest
 
 from jaxrec.ops.depth import remat_scan
 from jaxrec.ops.depth.remat import REMAT_POLICIES, Apart
+from jaxrec.ops.time import linear_scan, matrix_scan, selective_scan
 
 STEPS, WIDTH = 11, 64
 
@@ -73,6 +74,30 @@ def test_what_the_gradient_keeps():
     assert kept("none") > 100 * WIDTH * WIDTH
     assert kept("block") <= 100 * WIDTH + 2 * xs
     assert kept("sqrt") <= 10 * WIDTH + 2 * xs
+
+
+SCANS = {
+    "linear": lambda x: linear_scan(jax.nn.sigmoid(x), x)[0],
+    "matrix": lambda x: matrix_scan(*[x[:, :, None]] * 3, -(x[:, :, :1] ** 2))[0][:, :, 0],
+    "selective": lambda x: selective_scan(x, x**2, -jnp.ones((4, 2)), *[x[..., :2]] * 2)[0],
+}
+
+
+@pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
+def test_products_and_results_of_recurrences_are_not_computed_again(scan):
+    x = np.random.default_rng(0).normal(size=(1, 6, 4)).astype(np.float32)
+
+    def loops(remat):
+        """Loops of the gradient, without the one over the three steps of depth."""
+
+        def loss(x):
+            return jnp.sum(
+                remat_scan(lambda z, _: (scan(z), None), x, None, length=3, remat=remat)[0]
+            )
+
+        return str(jax.make_jaxpr(jax.grad(loss))(x)).count(" scan[")
+
+    assert loops("none") == loops("dots") < loops("block")
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
