@@ -59,11 +59,9 @@ def running_sums(log_decay: Array) -> Sums:
     digits = jnp.finfo(log_decay.dtype).nmant
     unit = 2.0 ** (np.ceil(np.log2(largest)) - digits)
     coarse = lax.stop_gradient(jnp.round(log_decay / unit) * unit)
-    # As a product: XLA on CPU would work a cumulative sum out anew for every pair of steps.
-    earlier = np.tri(log_decay.shape[-2], dtype=log_decay.dtype)
-    return Sums(coarse, log_decay - coarse).map(
-        lambda x: jnp.matmul(earlier, x, precision=lax.Precision.HIGHEST)
-    )
+    sums = Sums(coarse, log_decay - coarse).map(lambda x: jnp.cumsum(x, axis=-2))
+    # XLA on CPU would work them out anew for every pair of steps.
+    return lax.optimization_barrier(sums)
 
 
 def decayed_products(x: Array, k: Array, sums: Sums | None, heads: int) -> Array:
