@@ -48,6 +48,13 @@ def test_a_gap_of_other_arrays_never_allows_less_than_no_gap(tmp_path, gap, allo
     assert not allows(case, 1.01 * allowed, **options)
 
 
+def test_a_known_difference_comes_on_top_as_it_may_have_been_rounded(tmp_path):
+    readme = "reference cached-vs-full difference 4.9e-02; float32-vs-float64 y: 1.0e-06"
+    case = case_with(tmp_path, readme, y=np.ones(1, np.float32))
+    options = {"known_difference": case.cached_gap}
+    assert allows(case, 0.0495, **options) and not allows(case, 0.0496, **options)
+
+
 def test_an_array_that_nobody_looked_at_is_named(tmp_path):
     case = case_with(tmp_path, "", y=np.ones(1), z=np.ones(1))
     assert allows(case, 0)
