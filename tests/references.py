@@ -439,7 +439,13 @@ def rwkv(params, tokens, reset, config):
     for i in range(config.layers):
         nothing = np.zeros_like(x[:, 0])
         block = layer(params["blocks"], i)
+        if config.rescale_every:
+            for mixing, name in (("time", "out"), ("channels", "value")):
+                kernel = block[mixing][name]["kernel"] / 2 ** (i // config.rescale_every)
+                block[mixing] = block[mixing] | {name: {"kernel": kernel}}
         x = rwkv_block(block, x, nothing, nothing, reset, config.norm_epsilon)
+        if config.rescale_every and (i + 1) % config.rescale_every == 0:
+            x = x / 2
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return layer_norm(params["norm"], x) @ head["table"].T
 

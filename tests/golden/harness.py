@@ -114,8 +114,10 @@ class Case:
         assert not missed, f"{self.folder.name}: nobody looked at {missed}"
 
 
-def check_logits_and_gradients(case: Case, model, tokens) -> None:
-    """The logits of a language model, and the gradient of their sum weighted by cot_logits."""
+def check_logits_and_gradients(case: Case, model, tokens, scales=None) -> None:
+    """The logits of a language model, and the gradient of their sum weighted by cot_logits; of
+    tensors in `scales` times a number.
+    """
     cotangent = jnp.asarray(case["cot_logits"])
 
     @jax.jit
@@ -130,8 +132,9 @@ def check_logits_and_gradients(case: Case, model, tokens) -> None:
     case.check("logits", logits)
     tensors = engine.to_tensors(engine.find(case.system), model, gradient)
     for name in case.names("grad_"):  # the stated gap is one of the logits; gradients may be larger
-        tensor = tensors[name.removeprefix("grad_").replace("__", ".")]
-        case.check(name, tensor, gap_is_of_others=True)
+        tensor = name.removeprefix("grad_").replace("__", ".")
+        got = tensors[tensor] * (scales or {}).get(tensor, 1)
+        case.check(name, got, gap_is_of_others=True)
 
 
 def step_by_step(model, tokens, prefill: int = 1):
