@@ -68,7 +68,7 @@ def test_fields_of_older_files_are_known(folder):
         ({"hidden_sise": 8}, r"unknown field hidden_sise .* Did you mean hidden_size\?"),
         ({"hidden_size": None}, r"lacks the field hidden_size"),
         ({"model_type": "mamba2"}, r"model_type must be 'mamba', got 'mamba2'"),
-        ({"hidden_act": "mish"}, r"hidden_act 'mish' is not supported.* Known: silu, swish"),
+        ({"hidden_act": "laplace"}, r"hidden_act 'laplace' is not supported.* Known: silu, swish"),
         ({"intermediate_size": 17}, r"intermediate_size must be 16, got 17"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, r"ssm_cfg must be \{\}"),
         ({"rms_norm": False}, r"rms_norm must be True, got False"),

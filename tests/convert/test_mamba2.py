@@ -51,7 +51,7 @@ def test_an_unlimited_step_round_trips(tmp_path):
         ({"hidden_sise": 8}, r"unknown field hidden_sise .* Did you mean hidden_size\?"),
         ({"hidden_size": None}, r"lacks the field hidden_size"),
         ({"model_type": "mamba"}, r"model_type must be 'mamba2', got 'mamba'"),
-        ({"hidden_act": "mish"}, r"hidden_act 'mish' is not supported"),
+        ({"hidden_act": "laplace"}, r"hidden_act 'laplace' is not supported"),
         ({"expand": 3}, r"must be expand times hidden_size, got 4 x 4 and 3 x 8"),
         ({"expand": "two"}, r"expand must be a count, got 'two'"),
         ({"n_groups": 3}, r"heads must be a multiple of groups"),
