@@ -35,6 +35,12 @@ DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its fil
     "rescale_every": 6,
 }
 
+ORIGINAL = (
+    "It is a checkpoint of the original program (BlinkDL/RWKV-LM), whose tensors have other names."
+    " Convert it to the Hugging Face layout first, with the script convert_rwkv_checkpoint_to_hf.py"
+    " of the transformers repository."
+)
+
 
 def _read_config(data: Mapping[str, Any]) -> RWKVConfig:
     known = [*FIELDS, *DEFAULTS, "max_position_embeddings", "model_type"]
@@ -117,4 +123,5 @@ SYSTEM = System(
     repeated=lambda config: (
         {"head.weight": "rwkv.embeddings.weight"} if config.tie_embeddings else {}
     ),
+    other_layouts={"emb.weight": ORIGINAL, "blocks.0.att.key.weight": ORIGINAL},
 )

@@ -101,3 +101,14 @@ def test_a_repeated_head_must_be_the_embedding(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"head\.weight and rwkv\.embeddings\.weight must be the"):
         convert.load("rwkv", tmp_path)
+
+
+def test_the_layout_of_the_original_program_is_named(folder):
+    tensors = {"emb.weight": np.ones((7, 8)), "blocks.0.att.key.weight": np.ones((6, 8))}
+    save_file(tensors, folder / "model.safetensors")
+    message = r"a tensor emb.weight. .*BlinkDL/RWKV-LM.* convert_rwkv_checkpoint_to_hf.py of the"
+    with pytest.raises(UserError, match=message):
+        convert.load("rwkv", folder)
+    (folder / "config.json").unlink()  # which the original does not write
+    with pytest.raises(UserError, match=message):
+        convert.load("rwkv", folder)
