@@ -59,6 +59,11 @@ class Case:
         self.gaps = _stated_gaps_of_arrays(readme)
         self.cached_gap = _stated_gap_of_cached_decoding(readme)
 
+    def check_fields(self, *known: str) -> None:
+        """Fails on a configuration field that no test knows, where no table looks at them."""
+        unknown = sorted(self.config.keys() - set(known))
+        assert not unknown, f"{self.folder.name}: config.json has unknown fields {unknown}"
+
     def load_model(self):
         """The case's weights in our model."""
         return convert.load(self.system, self.folder)
@@ -94,7 +99,7 @@ class Case:
         the array is not what its equations give, comes on top.
         """
         expected, got = self[name], np.asarray(got)
-        if not np.issubdtype(expected.dtype, np.floating):
+        if not np.issubdtype(expected.dtype, np.inexact):
             np.testing.assert_array_equal(got, expected, err_msg=name)
             return
         largest = np.max(np.abs(expected), initial=0)

@@ -62,6 +62,14 @@ def test_an_array_that_nobody_looked_at_is_named(tmp_path):
         case.assert_all_looked_at()
 
 
+def test_a_field_that_nobody_knows_is_named(tmp_path):
+    case = case_with(tmp_path, "")
+    case.config = {"N": 3, "M": 2}
+    case.check_fields("L", "M", "N")
+    with pytest.raises(AssertionError, match=r"unknown fields \['M'\]"):
+        case.check_fields("N")
+
+
 @pytest.mark.parametrize("folder", [])
 def test_of_no_case(folder):
     """Is not run, nor skipped; see the next."""
