@@ -380,7 +380,7 @@ def mamba_mixer(params, x, window, h, reset, activation=silu):
     low, b, c = np.split(select, [select.shape[-1] - 2 * n, select.shape[-1] - n], axis=-1)
     dt = softplus(linear(params["step"], low))
     y, h = selective_scan(u, dt, -np.exp(params["log_rate"]), b, c, h, reset)
-    y = (y + params["skip"] * u) * activation(both[:, :, 1])
+    y = (y + params["skip"] * u) * silu(both[:, :, 1])
     return linear(params["out"], y), window, h
 
 
