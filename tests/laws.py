@@ -1318,6 +1318,7 @@ SUBJECTS = [
     rglru(),
     recurrent_block(),
     dense_system(),
+    lssl(0.0),
     lssl(0.5),
     lssl(1.0),
     s4d("zoh"),

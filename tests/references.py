@@ -380,7 +380,7 @@ def mamba_mixer(params, x, window, h, reset, activation=silu):
     low, b, c = np.split(select, [select.shape[-1] - 2 * n, select.shape[-1] - n], axis=-1)
     dt = softplus(linear(params["step"], low))
     y, h = selective_scan(u, dt, -np.exp(params["log_rate"]), b, c, h, reset)
-    y = (y + params["skip"] * u) * activation(both[:, :, 1])
+    y = (y + params["skip"] * u) * silu(both[:, :, 1])
     return linear(params["out"], y), window, h
 
 
@@ -439,7 +439,13 @@ def rwkv(params, tokens, reset, config):
     for i in range(config.layers):
         nothing = np.zeros_like(x[:, 0])
         block = layer(params["blocks"], i)
+        if config.rescale_every:
+            for mixing, name in (("time", "out"), ("channels", "value")):
+                kernel = block[mixing][name]["kernel"] / 2 ** (i // config.rescale_every)
+                block[mixing] = block[mixing] | {name: {"kernel": kernel}}
         x = rwkv_block(block, x, nothing, nothing, reset, config.norm_epsilon)
+        if config.rescale_every and (i + 1) % config.rescale_every == 0:
+            x = x / 2
     head = params["embedding"] if config.tie_embeddings else params["head"]
     return layer_norm(params["norm"], x) @ head["table"].T
 

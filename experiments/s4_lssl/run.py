@@ -16,9 +16,10 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from jaxrec.layers.lssl import LSSLConfig
+from jaxrec.layers.rglru import RGLRUConfig
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
-from jaxrec.models.sequence_classifier import RGLRUConfig, SequenceClassifierConfig
+from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 from jaxrec.training.classification import (
     ClassificationData,
     ClassificationSettings,

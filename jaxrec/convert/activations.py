@@ -14,9 +14,17 @@ NAMES: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "relu": "relu",
     "tanh": "tanh",
     "sigmoid": "sigmoid",
+    "linear": "identity",
+    "leaky_relu": "leaky_relu",
+    "relu2": "relu2",
+    "relu6": "relu6",
+    "mish": "mish",
+    "quick_gelu": "quick_gelu",
+    "hardswish": "hard_swish",
 }
 """Theirs -> ours; where several of theirs mean the same, the first is the one that is written."""
 
@@ -36,5 +44,15 @@ def read(system: str, field: str, name: Any) -> Activation:
 
 
 def write(name: Activation) -> str:
-    """Their name for ours."""
-    return next(theirs for theirs, ours in NAMES.items() if ours == name)
+    """Their name for ours.
+
+    Raises:
+      UserError: they have none.
+    """
+    for theirs, ours in NAMES.items():
+        if ours == name:
+            return theirs
+    raise UserError(
+        f"The format has no name for the activation {name!r}. It has those of"
+        f" {', '.join(dict.fromkeys(NAMES.values()))}."
+    )

@@ -34,7 +34,9 @@ SYSTEMS = (
     "pararnn",
     "plstm",
     "plstm_graph",
+    "prefix_linear_attention",
     "recurrentgemma",
+    "rglru",
     "rwkv",
     "s5",
     "xlstm",
@@ -79,6 +81,8 @@ class System:
     prefix: str = ""  # of all names in the table, which a checkpoint may leave out in part
     # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
     repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    # Names that only the tensors of another layout of the same model have -> what to do with it.
+    other_layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def arrays(x: Any) -> Any:
@@ -179,6 +183,9 @@ def load(system: str, directory: str | Path) -> Any:
         tensors are unused, missing or misshapen; the message names them.
     """
     table, folder = find(system), Path(directory)
+    has_config = (folder / "config.json").exists()
+    if table.other_layouts and not has_config and any(folder.glob("*.safetensors")):
+        _check_layout(table, read_tensors(folder))  # a layout that has no such file
     config = _config(table, folder)
     return from_tensors(table, config, read_tensors(folder))
 
@@ -229,6 +236,7 @@ def find(system: str) -> System:
 
 def from_tensors(system: System, config: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     """Builds the model of `config` from the original's tensors; see `load` for what is refused."""
+    _check_layout(system, tensors)
     try:
         abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
         rules = system.rules(config)
@@ -367,6 +375,13 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}. Fetch it again.") from error
     return tensors
+
+
+def _check_layout(system: System, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuses the same model in another layout, and says what to do with it."""
+    for name, advice in system.other_layouts.items():
+        if name in tensors:
+            raise UserError(f"{system.name}: the checkpoint has a tensor {name}. {advice}")
 
 
 def _with_prefix(name: str, prefix: str) -> str:

@@ -38,8 +38,30 @@ REQUIRED = ("vocab_size", "hidden_size")
 SAID_TWICE = "intermediate_size d_inner d_model n_layer ssm_cfg fused_add_norm rms_norm".split()
 UNUSED = "use_mambapy use_associative_scan pad_vocab_size_multiple".split()
 
+ORIGINAL = (
+    "It is a checkpoint of the original program (state-spaces/mamba), whose fields and tensors have"
+    " other names. Convert it to the Hugging Face layout first, with the script"
+    " convert_{}_ssm_checkpoint_to_pytorch.py of the transformers repository."
+)
+
+
+def refuse_original(system: str, data: Mapping[str, Any]) -> None:
+    """Refuses a configuration as the original program writes it.
+
+    Raises:
+      UserError: it is one.
+    """
+    if "d_model" in data and "hidden_size" not in data:
+        layer = (data.get("ssm_cfg") or {}).get("layer", "Mamba1")
+        which = "mamba2" if layer == "Mamba2" else "mamba"
+        raise UserError(
+            f"{system}: config.json has d_model and no hidden_size; its layers are {layer}."
+            f" {ORIGINAL.format(which)}"
+        )
+
 
 def _read_config(data: Mapping[str, Any]) -> MambaConfig:
+    refuse_original("mamba", data)
     known = [*FIELDS, *DEFAULTS, *SAID_TWICE, *UNUSED, "model_type"]
     fields.check_names("mamba", data, known, REQUIRED)
     fields.check_values("mamba", data, {"model_type": "mamba"})
@@ -126,4 +148,5 @@ SYSTEM = System(
     write_config=_write_config,
     rules=_rules,
     repeated=tied_head,
+    other_layouts={"backbone.embedding.weight": ORIGINAL.format("mamba")},
 )

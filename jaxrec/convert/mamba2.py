@@ -6,7 +6,7 @@ from typing import Any
 from jaxrec.convert import activations, fields
 from jaxrec.convert.engine import Rule, System, same
 from jaxrec.convert.mamba import FIELDS as OF_MAMBA
-from jaxrec.convert.mamba import shared_rules, tied_head
+from jaxrec.convert.mamba import ORIGINAL, refuse_original, shared_rules, tied_head
 from jaxrec.errors import UserError
 from jaxrec.models.mamba2 import Mamba2Config
 
@@ -32,6 +32,7 @@ UNUSED = (  # an option of older files that the original does not read, and how 
 
 
 def _read_config(data: Mapping[str, Any]) -> Mamba2Config:
+    refuse_original("mamba2", data)
     fields.check_names("mamba2", data, [*FIELDS, *DEFAULTS, *UNUSED, "model_type"], REQUIRED)
     fields.check_values("mamba2", data, {"model_type": "mamba2"})
     data = DEFAULTS | dict(data)
@@ -78,4 +79,5 @@ SYSTEM = System(
     write_config=_write_config,
     rules=_rules,
     repeated=tied_head,
+    other_layouts={"backbone.embedding.weight": ORIGINAL.format("mamba2")},
 )

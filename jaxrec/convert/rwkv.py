@@ -1,9 +1,10 @@
 """RWKV-4 checkpoints of the Hugging Face layout, `model_type` rwkv (arXiv:2305.13048).
 
-`rescale_every` of such a file is no part of the equations: so that half precision does not
-overflow, the original's inference halves the stream after every so many layers, and the weights
-that write to it likewise. The norms undo it but for their epsilon, which then weighs four times as
-much each time; twelve random layers give logits 4e-6 away. Here the stream is as in training.
+With `rescale_every` the original's inference halves the stream after every so many layers, and
+divides the weights that write to it likewise; its training does neither. The norms undo it but for
+their epsilon, which then weighs four times as much each time. Here it is a field of the model, for
+training too, and the weights are those of the file, undivided: set it to 0 to go on training as
+the original would.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ FIELDS = {
     "layer_norm_epsilon": "norm_epsilon",
     "tie_word_embeddings": "tie_embeddings",
     "context_length": "context",
+    "rescale_every": "rescale_every",
 }
 DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its file leaves out
     "vocab_size": 50277,
@@ -33,6 +35,12 @@ DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its fil
     "rescale_every": 6,
 }
 
+ORIGINAL = (
+    "It is a checkpoint of the original program (BlinkDL/RWKV-LM), whose tensors have other names."
+    " Convert it to the Hugging Face layout first, with the script convert_rwkv_checkpoint_to_hf.py"
+    " of the transformers repository."
+)
+
 
 def _read_config(data: Mapping[str, Any]) -> RWKVConfig:
     known = [*FIELDS, *DEFAULTS, "max_position_embeddings", "model_type"]
@@ -40,10 +48,10 @@ def _read_config(data: Mapping[str, Any]) -> RWKVConfig:
     fields.check_values("rwkv", data, {"model_type": "rwkv"})
     data = DEFAULTS | dict(data)
     fields.check_counts("rwkv", data, "hidden_size")
-    if not isinstance(data["rescale_every"], int):
-        raise UserError(
-            f"rwkv: rescale_every must be a number of layers, got {data['rescale_every']!r}."
-        )
+    every = data["rescale_every"]
+    if not isinstance(every, int):
+        raise UserError(f"rwkv: rescale_every must be a number of layers, got {every!r}.")
+    data["rescale_every"] = max(every, 0)  # to the original, below 0 is never too
     if data["attention_hidden_size"] is None:
         data["attention_hidden_size"] = data["hidden_size"]
     if data["intermediate_size"] is None:
@@ -60,7 +68,6 @@ def _write_config(config: RWKVConfig) -> dict[str, Any]:
     return {name: getattr(config, ours) for name, ours in FIELDS.items()} | {
         "model_type": "rwkv",
         "architectures": ["RwkvForCausalLM"],
-        "rescale_every": DEFAULTS["rescale_every"],
     }
 
 
@@ -116,4 +123,5 @@ SYSTEM = System(
     repeated=lambda config: (
         {"head.weight": "rwkv.embeddings.weight"} if config.tie_embeddings else {}
     ),
+    other_layouts={"emb.weight": ORIGINAL, "blocks.0.att.key.weight": ORIGINAL},
 )

@@ -1,7 +1,9 @@
 """xLSTM checkpoints of the Hugging Face layout, `model_type` xlstm (arXiv:2503.13427).
 
 The original has a last norm whatever `add_out_norm` says, and a head of its own whatever
-`tie_word_embeddings` says; so has this.
+`tie_word_embeddings` says; so has this. Here everything is in float32: `autocast_kernel_dtype` and
+`inference_state_dtype` say how precisely its kernels for accelerators compute and keep states, and
+its plain form, to which the golden cases belong, gives the same numbers whatever they are.
 """
 
 import math
@@ -37,6 +39,7 @@ DEFAULTS: dict[str, Any] = {  # what the original takes for a field that its fil
     "ffn_proj_factor": 2.667,
     "ffn_round_up_to_multiple_of": 64,
 }
+CAPS = ("gate_soft_cap", "output_logit_soft_cap")  # null: none, and not the default
 SIZES = ("embedding_dim", "hidden_size")
 WITHOUT_EFFECT = (
     "add_out_norm tie_word_embeddings norm_reduction_force_float32 chunkwise_kernel sequence_kernel"
@@ -50,7 +53,7 @@ def _read_config(data: Mapping[str, Any]) -> XLSTMConfig:
     known = [*FIELDS, *DEFAULTS, *SIZES, *WITHOUT_EFFECT, "model_type"]
     fields.check_names("xlstm", data, known, ())
     fields.check_values("xlstm", data, {"model_type": "xlstm"})
-    given = {name: value for name, value in data.items() if value is not None}
+    given = {name: value for name, value in data.items() if value is not None or name in CAPS}
     width = given.get("hidden_size", given.get("embedding_dim", 4096))
     fields.check_values("xlstm", given, {"embedding_dim": width})
     data = DEFAULTS | given | {"hidden_size": width}

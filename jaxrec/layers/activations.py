@@ -23,6 +23,11 @@ Activation = Literal[
     "softplus",
     "exp",
     "half_sigmoid",
+    "relu2",
+    "relu6",
+    "mish",
+    "quick_gelu",
+    "hard_swish",
 ]
 
 
@@ -33,6 +38,15 @@ def _identity(x: Array) -> Array:
 def _half_sigmoid(x: Array) -> Array:
     """A gate that at most half opens."""
     return 0.5 * jax.nn.sigmoid(x)
+
+
+def _relu2(x: Array) -> Array:
+    return jax.numpy.square(jax.nn.relu(x))
+
+
+def _quick_gelu(x: Array) -> Array:
+    """Gelu with a logistic curve in place of the normal distribution."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -49,6 +63,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "softplus": jax.nn.softplus,
     "exp": jax.numpy.exp,
     "half_sigmoid": _half_sigmoid,
+    "relu2": _relu2,
+    "relu6": jax.nn.relu6,
+    "mish": jax.nn.mish,
+    "quick_gelu": _quick_gelu,
+    "hard_swish": jax.nn.hard_swish,
 }
 
 

@@ -48,9 +48,10 @@ def log_uniform_step_bias(low: float, high: float, floor: float) -> Initializer:
 class Mamba(nnx.Module):
     """The mixer, of width d, with e inner channels of n states each.
 
-    Step sizes come through a bottleneck of `rank` channels. `activation` follows the convolution
-    and the gate; `bias` is that of the first and the last projection. Rates begin at -1 .. -n,
-    weights uniform within 1 / sqrt(inputs), those of the last projection times `out_scale`.
+    Step sizes come through a bottleneck of `rank` channels. `activation` follows the convolution;
+    that of the gate is silu always, as in the original. `bias` is that of the first and the last
+    projection. Rates begin at -1 .. -n, weights uniform within 1 / sqrt(inputs), those of the last
+    projection times `out_scale`.
     """
 
     def __init__(
@@ -142,5 +143,5 @@ class Mamba(nnx.Module):
             dt = jax.nn.softplus(self.step(low).astype(jnp.float32))
             a = -jnp.exp(self.log_rate[...].astype(jnp.float32))
             y, hidden = selective_scan_over_time(u, dt, a, b, c, state.hidden, reset=reset)
-            y = (y + self.skip[...].astype(u.dtype)[None, None] * u) * self.activation(gate)
+            y = (y + self.skip[...].astype(u.dtype)[None, None] * u) * jax.nn.silu(gate)
             return self.out(y), MambaState(window, hidden)

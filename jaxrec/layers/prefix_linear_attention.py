@@ -12,14 +12,45 @@ Arora et al., Just read twice: closing the recall gap for recurrent language mod
 arXiv:2407.05483, section 4.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.nn.initializers import Initializer
 
-from jaxrec.layers.linear import Linear
+from jaxrec.config import at_least, multiple_of
+from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.scan import matrix_scan_over_time
 from jaxrec.ops import feature_maps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixLinearAttentionConfig:
+    """Sizes of the layer alone, in channels."""
+
+    width: int
+    heads: int
+    feature_width: int = 16  # of a query or key before the feature map
+    epsilon: float = 1e-12  # of the denominator
+    masks_before_features: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "feature_width")
+        at_least(self, 0, "epsilon")
+        multiple_of(self, "heads", "width")
+
+    def build(self, *, rngs: nnx.Rngs) -> "PrefixLinearAttention":
+        """A freshly initialised layer."""
+        return PrefixLinearAttention(
+            self.width,
+            self.heads,
+            self.feature_width,
+            epsilon=self.epsilon,
+            masks_before_features=self.masks_before_features,
+            init=truncated_normal(self.width**-0.5),
+            rngs=rngs,
+        )
 
 
 class PrefixLinearAttention(nnx.Module):
@@ -46,6 +77,14 @@ class PrefixLinearAttention(nnx.Module):
             raise ValueError(
                 f"PrefixLinearAttention: width {width} does not divide into {heads} heads."
             )
+
+        self.config = PrefixLinearAttentionConfig(
+            width=width,
+            heads=heads,
+            feature_width=feature_width,
+            epsilon=epsilon,
+            masks_before_features=masks_before_features,
+        )
 
         def to_heads(channels: int) -> Linear:
             axes = ("embed", "heads", None)

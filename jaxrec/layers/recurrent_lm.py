@@ -2,7 +2,8 @@
 
     x = norm_0(scale * embed(tokens));   x, state_l = block_l(x, state_l);   logits = W_head norm(x)
 
-What is particular to a system is its block, `y, state = block(x, state, reset=reset)`.
+What is particular to a system is its block, `y, state = block(x, state, reset=reset)`; where the
+stream is halved now and then, the block takes a `Halving` too.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,13 @@ class RecurrentLMState(NamedTuple):
     segment: Array  # int32 (b): segment of the last token; segments.NOTHING before the first
 
 
+class Halving(NamedTuple):
+    """Of a stream that is halved now and then, the part that one block meets, powers of two."""
+
+    share: Array  # of what the block writes to the stream, as much as is left of the embedding
+    kept: Array  # of the stream behind the block: 1 or 1/2
+
+
 class RecurrentLM(nnx.Module):
     """The model.
 
@@ -57,6 +65,7 @@ class RecurrentLM(nnx.Module):
       stream_dtype: of the stream between blocks; None: that of the weights.
       first_resets: the first token of all counts as a reset, for blocks that tell a sequence's
         first step from a step on a zero state.
+      halve_every: blocks behind which the stream is halved; 0: never. Blocks then take `halving`.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class RecurrentLM(nnx.Module):
         soft_cap: float | None = None,
         stream_dtype: Any = None,
         first_resets: bool = False,
+        halve_every: int = 0,
         rngs: nnx.Rngs,
     ):
         def embedding(init: Initializer) -> Embedding:
@@ -87,6 +97,7 @@ class RecurrentLM(nnx.Module):
         self.head = None if tie_embeddings else embedding(head_init or embedding_init)
         self.embedding_scale, self.soft_cap = embedding_scale, soft_cap
         self.stream_dtype, self.first_resets = stream_dtype, first_resets
+        self.halve_every = halve_every
 
     def init_state(
         self, batch: int, *, capacity: int | None = None, depth: int | None = None
@@ -126,19 +137,30 @@ class RecurrentLM(nnx.Module):
             segment_ids = segments.continued(state.segment, tokens.shape[1])
         reset = segments.resets(segment_ids, state.segment) if needs_resets else None
 
-        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            block, block_state = layer
-            x, block_state = block(x, block_state, reset=reset)
+        def body(x: Array, layer: tuple[Any, Any, dict[str, Halving]]) -> tuple[Array, Any]:
+            block, block_state, options = layer
+            x, block_state = block(x, block_state, reset=reset, **options)
             notes.note("stream", x)
             return x, block_state
 
         x = self.embed(tokens)
         with jax.named_scope("blocks"):
-            x, blocks = remat_scan(body, x, (self.blocks, state.blocks), remat=remat)
+            layers = self.blocks, state.blocks, self.block_options()
+            x, blocks = remat_scan(body, x, layers, remat=remat)
         with jax.named_scope("head"):
             head = self.embedding if self.head is None else self.head
             logits = head.logits(self.norm(x), soft_cap=self.soft_cap)
         return logits, RecurrentLMState(blocks, segment_ids[:, -1])
+
+    def block_options(self) -> dict[str, Halving]:
+        """What blocks take beside the stream, their states and resets: leaves have a leading axis
+        l.
+        """
+        if not self.halve_every:
+            return {}
+        halved = np.arange(self.config.layers + 1) // self.halve_every
+        share, kept = 0.5 ** halved[:-1], 0.5 ** np.diff(halved)
+        return {"halving": Halving(*(jnp.asarray(x, jnp.float32) for x in (share, kept)))}
 
     def measure(self, tokens: Array, *, segment_ids: Array | None = None) -> dict[str, Array]:
         """Scalars that the blocks give on these tokens, of each the largest over layers; none if

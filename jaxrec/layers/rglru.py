@@ -9,6 +9,7 @@ De et al., Griffin: mixing gated linear recurrences with local attention (2024),
 section 2.4.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.config import multiple_of
 from jaxrec.layers.linear import BlockLinear, Linear, truncated_normal
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.ops import notes
@@ -42,10 +44,26 @@ def _bounded_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
     return jnp.sqrt(x), slope * dx
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RGLRUConfig:
+    """Sizes of the recurrence alone. It knows nothing of time steps."""
+
+    width: int
+    heads: int = 1  # blocks of the gates' matrices
+
+    def __post_init__(self) -> None:
+        multiple_of(self, "heads", "width")
+
+    def build(self, *, rngs: nnx.Rngs) -> "RGLRU":
+        """A freshly initialised layer."""
+        return RGLRU(self.width, self.heads, rngs=rngs)
+
+
 class RGLRU(nnx.Module):
     """The recurrence alone: gates, decay, scan."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.config = RGLRUConfig(width=width, heads=heads)
         init = truncated_normal((heads / width) ** 0.5)
         self.recurrence_gate = BlockLinear(width, heads, init=init, rngs=rngs)
         self.input_gate = BlockLinear(width, heads, init=init, rngs=rngs)

@@ -19,6 +19,7 @@ from jax.nn.initializers import zeros
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.norm import LayerNorm
+from jaxrec.layers.recurrent_lm import Halving
 from jaxrec.layers.scan import wkv_over_time
 from jaxrec.ops import notes
 from jaxrec.ops.time.scan import delayed
@@ -107,7 +108,10 @@ class ChannelMixing(nnx.Module):
 
 
 class RWKVBlock(nnx.Module):
-    """x = x + time(norm(x)), then x = x + channels(norm(x)), layer norms throughout."""
+    """x = x + time(norm(x)), then x = x + channels(norm(x)), layer norms throughout.
+
+    With `halving`, x = x + share time(norm(x)), then x = kept (x + share channels(norm(x))).
+    """
 
     def __init__(
         self, width: int, inner: int, mlp_width: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs
@@ -122,13 +126,26 @@ class RWKVBlock(nnx.Module):
         return RWKVState(self.time.init_state(batch), self.channels.init_state(batch))
 
     def __call__(
-        self, x: Array, state: RWKVState, *, reset: Array | None = None
+        self,
+        x: Array,
+        state: RWKVState,
+        *,
+        reset: Array | None = None,
+        halving: Halving | None = None,
     ) -> tuple[Array, RWKVState]:
         """Maps x (b t d) to (b t d); `reset` bool (b t), True where a document begins."""
+
+        def add(x: Array, y: Array) -> Array:
+            if halving is not None:
+                y = y * halving.share.astype(y.dtype)
+            return x + y.astype(x.dtype)
+
         y, time = self.time(self.time_norm(x), state.time, reset=reset)
-        x = x + y.astype(x.dtype)
+        x = add(x, y)
         y, channels = self.channels(self.channels_norm(x), state.channels, reset=reset)
-        x = x + y.astype(x.dtype)
+        x = add(x, y)
+        if halving is not None:
+            x = x * halving.kept.astype(x.dtype)
         return constrain(x, "batch", "time", None), RWKVState(time, channels)
 
 

@@ -170,7 +170,7 @@ class Stretch(NamedTuple):
 
     reset: Array  # bool (b t)
     view: attention.View
-    angles: rotary.Rotation
+    angles: rotary.Rotation | None  # None: no layer attends
 
 
 class Group(nnx.Module):
@@ -334,11 +334,11 @@ class RecurrentGemma(nnx.Module):
         )
         if segment_ids is None:
             segment_ids = segments.continued(previous, time)
-        stretch = Stretch(
-            segments.resets(segment_ids, previous),
-            view,
-            rotary.rotation(view.positions, self.config.rotary_width, self.config.rotary_base),
-        )
+        angles = None
+        if "attention" in self.config.mixers:  # else a head may have any width
+            width, base = self.config.rotary_width, self.config.rotary_base
+            angles = rotary.rotation(view.positions, width, base)
+        stretch = Stretch(segments.resets(segment_ids, previous), view, angles)
 
         def body(carry: Any, layers: tuple[Group, RecurrentState]) -> tuple[Any, RecurrentState]:
             x, cache, slot = carry

@@ -35,10 +35,13 @@ class RWKVConfig(Unlooped):
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-5  # of all norms but the last
     context: int = 1024  # longest sequence in training; the state itself has no limit
+    # After every so many layers the stream is halved, and what later ones write to it likewise; 0:
+    # never. So that half precision does not overflow; the norms undo it but for their epsilon.
+    rescale_every: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "layers", "inner_width", "mlp_width", "context")
-        at_least(self, 0, "norm_epsilon")
+        at_least(self, 0, "norm_epsilon", "rescale_every")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:
         """A freshly initialised model."""
@@ -53,6 +56,7 @@ class RWKVConfig(Unlooped):
             head_init=truncated_normal(0.5 * self.width**-0.5),
             embedding_norm=LayerNorm(self.width, epsilon=self.norm_epsilon),
             tie_embeddings=self.tie_embeddings,
+            halve_every=self.rescale_every,
             rngs=rngs,
         )
         _spread_rates_and_blends(model.blocks, self)

@@ -18,32 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least, multiple_of, one_of
+from jaxrec.config import at_least, one_of
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.lssl import LSSL, LSSLConfig
 from jaxrec.layers.norm import LayerNorm
-from jaxrec.layers.rglru import RGLRU
+from jaxrec.layers.rglru import RGLRU, RGLRUConfig
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5, S5Config
 from jaxrec.ops.depth import remat_scan
 
 Activation = Literal["gelu", "full_glu", "half_glu1", "half_glu2"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RGLRUConfig:
-    """The baseline: a real, input-dependent decay. It knows nothing of time steps."""
-
-    width: int
-    heads: int = 1  # blocks of the gates' matrices
-
-    def __post_init__(self) -> None:
-        multiple_of(self, "heads", "width")
-
-    def build(self, *, rngs: nnx.Rngs) -> RGLRU:
-        """A freshly initialised layer."""
-        return RGLRU(self.width, self.heads, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

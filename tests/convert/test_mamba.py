@@ -68,7 +68,7 @@ def test_fields_of_older_files_are_known(folder):
         ({"hidden_sise": 8}, r"unknown field hidden_sise .* Did you mean hidden_size\?"),
         ({"hidden_size": None}, r"lacks the field hidden_size"),
         ({"model_type": "mamba2"}, r"model_type must be 'mamba', got 'mamba2'"),
-        ({"hidden_act": "mish"}, r"hidden_act 'mish' is not supported.* Known: silu, swish"),
+        ({"hidden_act": "laplace"}, r"hidden_act 'laplace' is not supported.* Known: silu, swish"),
         ({"intermediate_size": 17}, r"intermediate_size must be 16, got 17"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, r"ssm_cfg must be \{\}"),
         ({"rms_norm": False}, r"rms_norm must be True, got False"),
@@ -105,3 +105,16 @@ def test_an_inner_width_that_the_format_cannot_say_is_refused(tmp_path):
     model = toy.drawn(dataclasses.replace(CONFIG, inner_width=12))
     with pytest.raises(UserError, match="multiples of the width, got 12 and 8"):
         convert.export(model, tmp_path, "mamba")
+
+
+def test_the_layout_of_the_original_program_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, folder / "model.safetensors")
+    advice = r"state-spaces/mamba.* convert_mamba_ssm_checkpoint_to_pytorch.py of the transf"
+    with pytest.raises(UserError, match=rf"has a tensor backbone.embedding.weight. .*{advice}"):
+        convert.load("mamba", folder)
+    original = {"d_model": 8, "n_layer": 2, "vocab_size": 7, "ssm_cfg": {}, "rms_norm": True}
+    (folder / "config.json").write_text(json.dumps(original))
+    with pytest.raises(UserError, match=rf"d_model .* its layers are Mamba1. .*{advice}"):
+        convert.load("mamba", folder)

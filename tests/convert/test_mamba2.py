@@ -1,8 +1,10 @@
 """The table of Mamba-2: both ways with every option, and what it refuses by name."""
 
 import dataclasses
+import json
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxrec import convert
 from jaxrec.errors import UserError
@@ -51,7 +53,7 @@ def test_an_unlimited_step_round_trips(tmp_path):
         ({"hidden_sise": 8}, r"unknown field hidden_sise .* Did you mean hidden_size\?"),
         ({"hidden_size": None}, r"lacks the field hidden_size"),
         ({"model_type": "mamba"}, r"model_type must be 'mamba2', got 'mamba'"),
-        ({"hidden_act": "mish"}, r"hidden_act 'mish' is not supported"),
+        ({"hidden_act": "laplace"}, r"hidden_act 'laplace' is not supported"),
         ({"expand": 3}, r"must be expand times hidden_size, got 4 x 4 and 3 x 8"),
         ({"expand": "two"}, r"expand must be a count, got 'two'"),
         ({"n_groups": 3}, r"heads must be a multiple of groups"),
@@ -69,3 +71,22 @@ def test_an_inner_width_that_the_format_cannot_say_is_refused(tmp_path):
     model = toy.drawn(dataclasses.replace(CONFIG, heads=2, head_width=6))
     with pytest.raises(UserError, match="multiples of the width, got 12 and 8"):
         convert.export(model, tmp_path, "mamba2")
+
+
+def test_the_layout_of_the_original_program_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, folder / "model.safetensors")
+    advice = r"state-spaces/mamba.* convert_mamba2_ssm_checkpoint_to_pytorch.py of the transf"
+    with pytest.raises(UserError, match=rf"has a tensor backbone.embedding.weight. .*{advice}"):
+        convert.load("mamba2", folder)
+    original = {
+        "d_model": 8,
+        "n_layer": 2,
+        "vocab_size": 7,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "rms_norm": True,
+    }
+    (folder / "config.json").write_text(json.dumps(original))
+    with pytest.raises(UserError, match=rf"d_model .* its layers are Mamba2. .*{advice}"):
+        convert.load("mamba2", folder)

@@ -90,7 +90,7 @@ def test_what_a_file_leaves_out_is_as_the_original_takes_it(folder):
         ({"intermediate_size": None}, r"lacks the field intermediate_size"),
         ({"intermediate_size": 19}, r"must be even, got 19"),
         ({"model_type": "gemma"}, r"model_type must be 'recurrent_gemma', got 'gemma'"),
-        ({"hidden_activation": "mish"}, r"hidden_activation 'mish' is not supported"),
+        ({"hidden_activation": "laplace"}, r"hidden_activation 'laplace' is not supported"),
         ({"head_dim": 3}, r"head_dim must be 4, got 3"),
         ({"hidden_size": "8"}, r"hidden_size must be a count, got '8'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_type must be 'default', got 'yarn'"),

@@ -21,6 +21,7 @@ CONFIG = RWKVConfig(
     mlp_width=10,
     norm_epsilon=1e-6,
     context=64,
+    rescale_every=3,
 )
 
 
@@ -51,9 +52,9 @@ def test_sizes_may_be_left_to_the_width(folder):
     assert (config.width, config.inner_width, config.mlp_width) == (24, 24, 96)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 6])
-def test_rescaling_for_half_precision_changes_nothing(folder, layers):
-    assert read(folder, rescale_every=layers) == CONFIG
+@pytest.mark.parametrize("given, ours", [(0, 0), (-1, 0), (1, 1), (None, 6)])
+def test_rescaling_is_read_and_never_is_zero(folder, given, ours):
+    assert read(folder, rescale_every=given).rescale_every == ours
 
 
 def test_the_context_has_two_names(folder):
@@ -100,3 +101,14 @@ def test_a_repeated_head_must_be_the_embedding(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"head\.weight and rwkv\.embeddings\.weight must be the"):
         convert.load("rwkv", tmp_path)
+
+
+def test_the_layout_of_the_original_program_is_named(folder):
+    tensors = {"emb.weight": np.ones((7, 8)), "blocks.0.att.key.weight": np.ones((6, 8))}
+    save_file(tensors, folder / "model.safetensors")
+    message = r"a tensor emb.weight. .*BlinkDL/RWKV-LM.* convert_rwkv_checkpoint_to_hf.py of the"
+    with pytest.raises(UserError, match=message):
+        convert.load("rwkv", folder)
+    (folder / "config.json").unlink()  # which the original does not write
+    with pytest.raises(UserError, match=message):
+        convert.load("rwkv", folder)

@@ -48,6 +48,12 @@ def test_every_option_round_trips(tmp_path, weight_mode, bias):
     assert_loads_as("xlstm", tmp_path, model)
 
 
+def test_no_soft_caps_are_null_and_not_the_defaults(tmp_path):
+    model = toy.drawn(dataclasses.replace(CONFIG, gate_soft_cap=None, logits_soft_cap=None))
+    convert.export(model, tmp_path, "xlstm")
+    assert_loads_as("xlstm", tmp_path, model)
+
+
 def test_fused_projections_lie_one_below_the_other(tmp_path):
     model = toy.drawn(dataclasses.replace(CONFIG, weight_mode="fused"))
     convert.export(model, tmp_path, "xlstm")

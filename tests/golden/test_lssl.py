@@ -23,6 +23,7 @@ FOLDERS = cases("lssl")
 
 @pytest.fixture(scope="module")
 def layer(case):
+    case.check_fields("H", "N", "M", "L", "gbt_alpha")
     options = case.config
     config = LSSLConfig(
         width=options["H"],
@@ -61,7 +62,8 @@ def test_outputs_and_state(case, layer, method):
     run = jax.jit(lambda layer, u: layer(u, method=method))
     y, state = run(layer, case["u"][None])
     case.check("y", y[0])
-    case.check("final_state", state[0])
+    if "final_state" in case:
+        case.check("final_state", state[0])
 
 
 def test_the_paper_s_fixed_layer_is_the_same_at_these_values(case, layer):

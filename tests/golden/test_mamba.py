@@ -2,10 +2,10 @@
 
 from tests.golden.harness import (
     cases,
+    check_cached_decoding,
     check_hidden_states,
     check_logits_and_gradients,
     check_round_trip,
-    step_by_step,
 )
 
 FOLDERS = cases("mamba")
@@ -20,10 +20,7 @@ def test_hidden_states(case, model, tokens):
 
 
 def test_cached_decoding(case, model, tokens):
-    """The last steps one token at a time; the first of them is the end of the prefill."""
-    steps = case["cached_step_logits"].shape[1]
-    got = step_by_step(model, tokens, tokens.shape[1] - steps + 1)
-    case.check("cached_step_logits", got)
+    check_cached_decoding(case, model, tokens)
 
 
 def test_the_table_round_trips(case, model, tmp_path):

@@ -18,6 +18,7 @@ FOLDERS = cases("s4d")
 
 @pytest.fixture(scope="module")
 def layer(case):
+    case.check_fields("H", "N", "L", "disc", "init")
     options = case.config
     config = S4DConfig(
         width=options["H"],
@@ -58,8 +59,12 @@ def test_the_kernel_is_the_response_to_an_impulse(case, layer):
 
 @pytest.mark.parametrize("method", ["scan", "conv"])
 def test_outputs(case, layer, method):
-    y, _ = jax.jit(lambda layer, u: layer(u, method=method))(layer, case["u"][None])
+    y, state = jax.jit(lambda layer, u: layer(u, method=method))(layer, case["u"][None])
     case.check("y", y[0])
+    states = {"": state[0], "_re": np.real(state[0]), "_im": np.imag(state[0])}
+    for part, got in states.items():
+        if f"final_state{part}" in case:
+            case.check(f"final_state{part}", got)
 
 
 def test_every_array_was_looked_at(case):

@@ -18,8 +18,9 @@ MATRICES = [folder for folder in FOUND if folder not in FOLDERS]
 
 def test_discretised_eigenvalues(case, model):
     decay, _ = jax.jit(lambda layer: layer.discretized())(model)
-    case.check("Lambda_bar_re", jnp.real(decay))
-    case.check("Lambda_bar_im", jnp.imag(decay))
+    # The stated gap is one of y, whose largest value may be much smaller than theirs.
+    case.check("Lambda_bar_re", jnp.real(decay), gap_is_of_others=True)
+    case.check("Lambda_bar_im", jnp.imag(decay), gap_is_of_others=True)
 
 
 def test_outputs(case, model):

@@ -6,7 +6,7 @@ import pytest
 from jaxrec.layers.activations import ACTIVATIONS, activation
 from tests import references
 
-X = np.linspace(-3, 3, 7).astype(np.float32)
+X = np.linspace(-8, 8, 17).astype(np.float32)
 
 
 def test_names_mean_what_they_say():
@@ -23,6 +23,11 @@ def test_names_mean_what_they_say():
         ("softplus", np.log1p(np.exp(X))),
         ("exp", np.exp(X)),
         ("half_sigmoid", references.sigmoid(X) / 2),
+        ("relu2", np.maximum(X, 0) ** 2),
+        ("relu6", np.clip(X, 0, 6)),
+        ("mish", X * np.tanh(np.log1p(np.exp(X)))),
+        ("quick_gelu", X * references.sigmoid(1.702 * X)),
+        ("hard_swish", X * np.clip(X + 3, 0, 6) / 6),
     ):
         np.testing.assert_allclose(activation(name)(X), want, atol=1e-6, rtol=1e-6)
     # x Phi(x), with Phi(1) = 0.8413447; the tanh form differs by 1.5e-4.

@@ -66,8 +66,10 @@ def test_one_layer_and_one_channel_can_be_built():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(toy.initialised(config)))
 
 
-def test_every_option_equals_the_loop():
-    config = dataclasses.replace(SMALLEST, tie_embeddings=True, norm_epsilon=1e-2)
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_every_option_equals_the_loop(every):
+    options = {"tie_embeddings": True, "norm_epsilon": 1e-2, "rescale_every": every}
+    config = dataclasses.replace(SMALLEST, **options)
     model = toy.drawn(config)
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model)[1]))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)

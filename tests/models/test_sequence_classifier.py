@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.lssl import LSSLConfig
+from jaxrec.layers.rglru import RGLRUConfig
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models.sequence_classifier import (
@@ -17,7 +18,6 @@ from jaxrec.models.sequence_classifier import (
     LRA_PATH_X,
     LRA_PATHFINDER,
     SPEECH_COMMANDS,
-    RGLRUConfig,
     SequenceClassifierConfig,
 )
 from jaxrec.testing import assert_close
