@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.datasets import load_digits
 
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.s4d import S4DConfig
@@ -22,11 +21,11 @@ from jaxrec.models.sequence_classifier import RGLRUConfig, SequenceClassifierCon
 from jaxrec.training.classification import (
     ClassificationData,
     ClassificationSettings,
-    Examples,
     accuracy,
     train_classifier,
 )
 from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.data.examples import Examples, digits, permuted, resampled
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
@@ -66,14 +65,6 @@ def mixers(width: int, state: int) -> dict[str, Any]:
     }
 
 
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """1797 images of 8 x 8 as rows of 64 numbers of zero mean, in a fixed random order."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    pixels = images[order].astype(np.float32) / 16
-    return (pixels - pixels.mean()) / pixels.std(), labels[order].astype(np.int32)
-
-
 def data_of(signal: np.ndarray, labels: np.ndarray) -> ClassificationData:
     """The first examples are held out."""
     signal = signal[..., None]
@@ -83,19 +74,12 @@ def data_of(signal: np.ndarray, labels: np.ndarray) -> ClassificationData:
     )
 
 
-def resampled(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """The signal that joins the pixels by straight lines, at `factor` samples for each."""
-    at = np.arange(round(pixels.shape[1] * factor)) / factor
-    index = np.arange(pixels.shape[1])
-    return np.stack([np.interp(at, index, row) for row in pixels]).astype(np.float32)
-
-
 def run(smoke: bool) -> dict[str, Any]:
     """Trains every mixer on each task, and tests the one trained on the pixels at other rates."""
     pixels, labels = digits()
     tasks = {
         "pixels": pixels,
-        "permuted": pixels[:, np.random.default_rng(1).permutation(pixels.shape[1])],
+        "permuted": permuted(pixels),
         "half rate, trained there": resampled(pixels, 0.5),
     }
     width, state, layers, epochs = (8, 4, 1, 1) if smoke else (48, 32, 2, 24)

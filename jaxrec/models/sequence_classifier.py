@@ -26,7 +26,7 @@ from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.rglru import RGLRU
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5, S5Config
-from jaxrec.ops.depth import remat_scan
+from jaxrec.ops.depth import RematPolicy, remat_scan
 
 Activation = Literal["gelu", "full_glu", "half_glu1", "half_glu2"]
 
@@ -81,6 +81,11 @@ class SequenceClassifierConfig:
     def outputs(self) -> int:
         """What a mixer gives for each feature."""
         return self.mixer.outputs if isinstance(self.mixer, LSSLConfig) else 1
+
+    @property
+    def has_time_steps(self) -> bool:
+        """Whether the mixer is a system in continuous time, whose steps can be scaled."""
+        return isinstance(self.mixer, S5Config | S4DConfig | LSSLConfig)
 
     def build(self, *, rngs: nnx.Rngs) -> "SequenceClassifier":
         """A freshly initialised model."""
@@ -177,6 +182,7 @@ class SequenceClassifier(nnx.Module):
         *,
         step_rescale: float | Array = 1.0,
         key: Array | None = None,
+        remat: RematPolicy = "none",
     ) -> Array:
         """Scores the classes.
 
@@ -187,6 +193,7 @@ class SequenceClassifier(nnx.Module):
           step_rescale: factor on every time step, for a signal sampled at another rate than in
             training: 2 for every second sample, 1/2 for twice as many. The RG-LRU has none.
           key: of dropout; None drops nothing.
+          remat: what the gradient stores, see `ops.depth.remat_scan`.
 
         Returns:
           Logits (b classes), float32.
@@ -203,12 +210,22 @@ class SequenceClassifier(nnx.Module):
             return block(x, valid, step_rescale, block_key), None
 
         with jax.named_scope("blocks"):
-            x, _ = remat_scan(body, x, (self.blocks, keys))
+            x, _ = remat_scan(body, x, (self.blocks, keys), remat=remat)
         with jax.named_scope("head"):
             total = jnp.sum(jnp.where(valid[..., None], x, 0), axis=1, dtype=jnp.float32)
             mean = total / lengths[:, None].astype(jnp.float32)
             return self.decoder(mean).astype(jnp.float32)
 
+
+DIGITS = SequenceClassifierConfig(
+    inputs=1,
+    classes=10,
+    mixer=S5Config(width=48, state=16, dt_min=0.01, dt_max=0.3),
+    layers=2,
+    activation="full_glu",
+    dropout=0.1,
+)
+"""8 x 8 digits as 64 pixels in a row: the S5 of experiments/s4_lssl, 16,522 parameters."""
 
 LRA_IMAGE = SequenceClassifierConfig(
     inputs=1,

@@ -240,9 +240,9 @@ def test_list_names_every_model(capsys):
     assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
     assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] is None
     assert rows["jaxrec.models.sequence_classifier:LRA_IMAGE"]["experiment"]
-    kinds = ("huginn:TINY", "hrm:SUDOKU_4X4", "sequence_classifier:LRA_IMAGE")
+    kinds = ("huginn:TINY", "hrm:SUDOKU_4X4", "sequence_classifier:LRA_IMAGE", "vit:VIT_T")
     trains_on = [rows[f"jaxrec.models.{kind}"]["trains_on"] for kind in kinds]
-    assert trains_on == ["text", "puzzles", None]
+    assert trains_on == ["text", "puzzles", "sequences", None]
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "jaxrec.models.huginn:TINY" in shown
