@@ -19,6 +19,7 @@ from jax import Array, lax
 from jaxrec.config import at_least
 from jaxrec.layers.ssm import (
     View,
+    check_one_step,
     check_steps,
     convolves,
     log_uniform_steps,
@@ -26,7 +27,7 @@ from jaxrec.layers.ssm import (
     start,
 )
 from jaxrec.ops import hippo
-from jaxrec.ops.discretize import generalised_bilinear
+from jaxrec.ops.discretize import generalised_bilinear, largest_decay
 from jaxrec.ops.time import dense_scan, fft_conv, krylov
 
 
@@ -78,6 +79,7 @@ class LSSL(nnx.Module):
 
     def discretized(self, step_rescale: float | Array = 1.0) -> tuple[Array, Array]:
         """A_bar (d n n) and B_bar (d n), float32."""
+        check_one_step("LSSL", step_rescale)
         if self.transition is None or self.input is None:
             a, b = (jnp.asarray(x, jnp.float32) for x in hippo.legs(self.config.state))
         else:
@@ -88,6 +90,10 @@ class LSSL(nnx.Module):
         return generalised_bilinear(
             a, b, rescaled_step("LSSL", log_step, step_rescale), self.config.alpha
         )
+
+    def largest_decay(self) -> Array:
+        """The largest |eigenvalue of A_bar| of all features."""
+        return jnp.max(largest_decay(self.discretized()[0], dense=True))
 
     def __call__(
         self,

@@ -1,5 +1,5 @@
-"""What the linear time-invariant layers share: their time steps, and which of their two views
-runs.
+"""What the linear time-invariant layers share: their time steps, which of their two views runs, and
+whether they are stable.
 """
 
 from typing import Literal, get_args
@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jaxrec.layers.axes import time_axis
+from jaxrec.ops.discretize import ROUNDING
 
 View = Literal["auto", "conv", "scan"]
 
@@ -31,11 +34,32 @@ def rescaled_step(name: str, log_step: Array, rescale: float | Array) -> Array:
     Args:
       name: of the layer, for the message.
       log_step: (...).
-      rescale: > 0, scalar: 2 for a signal that has every second sample of those in training.
+      rescale: > 0: 2 for a signal that has every second sample of those in training. A scalar, or
+        of a shape that broadcasts with log_step's.
     """
     if not isinstance(rescale, jax.core.Tracer) and not np.all(np.asarray(rescale) > 0):
-        raise ValueError(f"{name}: step_rescale must be > 0, got {rescale}.")
+        raise ValueError(f"{name}: step_rescale must be > 0, got {np.min(np.asarray(rescale))}.")
     return jnp.exp(log_step.astype(jnp.float32)) * jnp.asarray(rescale, jnp.float32)
+
+
+def check_one_step(name: str, rescale: float | Array) -> None:
+    """Refuses a factor for every step where one system runs over all of them."""
+    if jnp.ndim(rescale):
+        raise ValueError(
+            f"{name}: step_rescale must be one number, got shape {jnp.shape(rescale)}. Samples at"
+            " unequal intervals are for S5."
+        )
+
+
+def stability(largest_decay: Array) -> dict[str, Array]:
+    """What a model says of its linear recurrences (...): largest_decay, the largest |a| of all, and
+    unstable, 1 if it is above one by more than rounding, so that states grow without bound, else 0.
+    """
+    largest = jnp.max(largest_decay)
+    return {
+        "largest_decay": largest,
+        "unstable": (largest > 1 + ROUNDING).astype(jnp.float32),
+    }
 
 
 def start(name: str, state: Array | None, x: Array, zeros: Array) -> Array:
@@ -50,8 +74,13 @@ def start(name: str, state: Array | None, x: Array, zeros: Array) -> Array:
     return state
 
 
-def convolves(name: str, method: View, state: Array | None, reset: Array | None) -> bool:
-    """Whether the convolutional view runs; it knows neither a state to begin with nor resets."""
+def convolves(
+    name: str, method: View, state: Array | None, reset: Array | None, *, spreads: bool = False
+) -> bool:
+    """Whether the convolutional view runs; it knows neither a state to begin with nor resets, and a
+    transform over time that is spread over devices would gather the sequence: the recurrent view of
+    a layer that `spreads` exchanges carries.
+    """
     if method not in get_args(View):
         raise ValueError(f"{name}: method must be one of {get_args(View)}, got {method!r}.")
     anew = state is None and reset is None
@@ -60,4 +89,6 @@ def convolves(name: str, method: View, state: Array | None, reset: Array | None)
             f"{name}: method 'conv' begins at zero and knows no resets; give neither state nor"
             " reset, or use 'scan'."
         )
+    if method == "auto" and spreads and time_axis() is not None:
+        return False
     return anew and method != "scan"

@@ -50,6 +50,7 @@ class ClassifierSteps(NamedTuple):
     # (params, examples, weights, factor on every time step) -> summed nats, sum of those right
     evaluate: Callable[[Any, Examples, Array, Array], tuple[Array, Array]]
     abstract: State  # shapes, dtypes and shardings of the state
+    measure: Callable[[Any], dict[str, Array]]  # params -> `stability` of the model
     merge: Callable[[Any], Any]  # params -> model
     computing: Callable[[Any], Any]  # params -> model in the dtypes in which it computes
 
@@ -126,6 +127,9 @@ def build_classifier_steps(
         train=OnMesh(jax.jit(train, donate_argnums=0, out_shardings=(places, everywhere)), mesh),
         evaluate=OnMesh(jax.jit(evaluate, out_shardings=everywhere), mesh),
         abstract=abstract,
+        measure=OnMesh(
+            jax.jit(lambda params: merge(params).stability(), out_shardings=everywhere), mesh
+        ),
         merge=merge,
         computing=computing,
     )
@@ -226,7 +230,15 @@ def train_classifier_run(
                 )
 
         def evaluation(step: int) -> ClassifierScores:
-            scores = score(steps, averaged(now.state), data.valid, config.batch, mesh)
+            params = averaged(now.state)
+            scores = score(steps, params, data.valid, config.batch, mesh)
+            if measures := jax.device_get(steps.measure(params)):
+                now.log.log(step, measures, kind="model")
+                if measures["unstable"]:
+                    now.progress.note(
+                        f"step {step}  warning: |a| = {measures['largest_decay']:.6g} > 1, states"
+                        " grow without bound"
+                    )
             now.log.log(step, dataclasses.asdict(scores), kind="valid")
             now.progress.note(f"step {step}  held out: {scores}")
             return scores

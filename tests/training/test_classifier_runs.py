@@ -174,7 +174,7 @@ def test_rows_that_fill_up_a_batch_do_not_count():
         right = np.asarray(batch.labels) == 1
         return np.sum(np.asarray(weights) * 2.0), np.sum(np.asarray(weights) * right)
 
-    steps = classifier_runs.ClassifierSteps(None, None, evaluate, None, None, None)
+    steps = classifier_runs.ClassifierSteps(None, None, evaluate, *[None] * 4)
     scores = score(steps, {}, examples, 2, sharding.build_mesh("data=1"), step_rescale=0.5)
     assert dataclasses.astuple(scores) == (pytest.approx(3 / 5), pytest.approx(2.0), 5)
     assert seen == [0.5] * 3
