@@ -10,6 +10,7 @@ layers (2021), arXiv:2110.13985.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least
+from jaxrec.layers.axes import time_axis
 from jaxrec.layers.ssm import (
     View,
     check_one_step,
@@ -28,7 +30,7 @@ from jaxrec.layers.ssm import (
 )
 from jaxrec.ops import hippo
 from jaxrec.ops.discretize import generalised_bilinear, largest_decay
-from jaxrec.ops.time import dense_scan, fft_conv, krylov
+from jaxrec.ops.time import dense_conv, dense_scan, sharded_dense_conv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,9 @@ class LSSL(nnx.Module):
           state: (b d n) float32 from `init_state` or the call before; None begins at zero.
           reset: bool (b t), True = the state that enters this step is zero.
           step_rescale: factor on every dt, for a signal sampled at another rate than in training.
-          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset.
+          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset. Over a
+            mesh that splits time the convolution sends states only; the scan is left to the
+            compiler, which gathers the sequence.
 
         Returns:
           y (b t d m) in x's dtype, and the last state.
@@ -124,10 +128,9 @@ class LSSL(nnx.Module):
             a_bar, b_bar = self.discretized(step_rescale)
             output, wide = self.output[...].astype(jnp.float32), x.astype(jnp.float32)
             if convolves("LSSL", method, state, reset):
-                columns = krylov(a_bar, b_bar, x.shape[1])
-                kernel = jnp.einsum("dmn,dnt->tdm", output, columns)
-                y = fft_conv(wide[..., None], kernel)
-                last = jnp.einsum("dnt,btd->bdn", columns[..., ::-1], wide)
+                axis = time_axis(x.shape[1])
+                conv = dense_conv if axis is None else partial(sharded_dense_conv, axis=axis)
+                y, last = conv(a_bar, b_bar, output, wide)
             else:
                 state = start("LSSL", state, x, self.init_state(x.shape[0]))
                 y, last = dense_scan(a_bar, b_bar, output, wide, state, reset)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least, one_of
+from jaxrec.layers.axes import time_axis
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import (
     View,
@@ -140,7 +141,9 @@ class S4D(nnx.Module):
             output = lax.complex(output_real, output_imag)
             eigenvalues, step, decay, gain = self._discretized(step_rescale)
             wide = x.astype(jnp.float32)
-            if convolves("S4D", method, state, reset, spreads=True):
+            # A transform over time that is split would gather the sequence; a scan sends carries.
+            split = method == "auto" and time_axis(x.shape[1]) is not None
+            if convolves("S4D", method, state, reset) and not split:
                 if self.config.discretization == "zoh":
                     log_decay = eigenvalues * step.astype(eigenvalues.dtype)
                 else:

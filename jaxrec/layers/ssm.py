@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrec.layers.axes import time_axis
 from jaxrec.ops.discretize import ROUNDING
 
 View = Literal["auto", "conv", "scan"]
@@ -74,13 +73,8 @@ def start(name: str, state: Array | None, x: Array, zeros: Array) -> Array:
     return state
 
 
-def convolves(
-    name: str, method: View, state: Array | None, reset: Array | None, *, spreads: bool = False
-) -> bool:
-    """Whether the convolutional view runs; it knows neither a state to begin with nor resets, and a
-    transform over time that is spread over devices would gather the sequence: the recurrent view of
-    a layer that `spreads` exchanges carries.
-    """
+def convolves(name: str, method: View, state: Array | None, reset: Array | None) -> bool:
+    """Whether the convolutional view runs; it knows neither a state to begin with nor resets."""
     if method not in get_args(View):
         raise ValueError(f"{name}: method must be one of {get_args(View)}, got {method!r}.")
     anew = state is None and reset is None
@@ -89,6 +83,4 @@ def convolves(
             f"{name}: method 'conv' begins at zero and knows no resets; give neither state nor"
             " reset, or use 'scan'."
         )
-    if method == "auto" and spreads and time_axis() is not None:
-        return False
     return anew and method != "scan"
