@@ -112,6 +112,9 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not_been(
     lines = lines_of(runs / "run")
     assert lines_of(tmp_path / "run") == lines
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [6, 12]
+    stable = [line for line in lines if line["kind"] == "model"]
+    assert [line["step"] for line in stable] == [6, 12]
+    assert all(0.9 < line["largest_decay"] < 1 and line["unstable"] == 0 for line in stable)
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 12 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
