@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json.
+"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json, and scan_lengths.png.
 
     python benchmarks/report.py
 
@@ -38,5 +38,32 @@ def report() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def plot_lengths(target: Path) -> None:
+    """Time and temporary memory of `linear_scan` by length, beside what is linear."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = json.loads((HERE / "results" / "scan_lengths_cpu.json").read_text())
+    rows = [row for row in found["results"] if row["candidate"] == "jaxrec auto"]
+    steps = [row["shape"][1] for row in rows]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, name, label in zip(
+        figure.subplots(1, 2), ("median_ms", "temp_mib"), ("ms", "temporary MiB"), strict=True
+    ):
+        for part, text in (("forward", "forward"), ("both", "with the gradient")):
+            values = [row[part][name] for row in rows]
+            (line,) = panel.plot(steps, values, "o-", label=text)
+            linear = [values[0] * t / steps[0] for t in steps]
+            panel.plot(steps, linear, ":", color=line.get_color(), linewidth=1)
+        panel.set(xscale="log", yscale="log", xlabel="steps t; dotted: linear", ylabel=label)
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
+    figure.suptitle("linear_scan on CPU, (b, t, d) = (1, t, 64)", fontsize="medium")
+    figure.savefig(target, dpi=100)
+
+
 if __name__ == "__main__":
+    plot_lengths(HERE / "results" / "scan_lengths.png")
     README.write_text(report())

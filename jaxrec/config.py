@@ -185,6 +185,18 @@ def _siblings(module_name: str) -> list[str]:
     ]
 
 
+def _alike(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    """The one of several dataclasses that has the fields of a dictionary."""
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
+    given = set(value) if isinstance(value, dict) else set()
+    found = [kind for kind in kinds if names[kind] == given]
+    found = found or [kind for kind in kinds if given and given <= names[kind]]
+    if len(found) != 1:
+        known = "; ".join(f"{kind.__name__} ({', '.join(sorted(names[kind]))})" for kind in kinds)
+        raise UserError(f"{name} must have the fields of one of {known}; got {value!r}.")
+    return found[0]
+
+
 def _coerce(hint: Any, value: Any, name: str) -> Any:
     """Fits a plain value to a field's type: a list to a tuple, a dictionary to a dataclass."""
     origin = typing.get_origin(hint)
@@ -192,8 +204,10 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        (hint,) = [option for option in options if option is not type(None)]
-        return _coerce(hint, value, name)
+        options = tuple(option for option in options if option is not type(None))
+        return _coerce(
+            options[0] if len(options) == 1 else _alike(options, value, name), value, name
+        )
     if origin is typing.Literal:
         options = typing.get_args(hint)
         if value not in options:

@@ -119,3 +119,21 @@ def test_a_missing_dependency_is_not_a_missing_model():
 def test_nearest():
     assert nearest("cosin", ["constant", "cosine"]) == " Did you mean cosine?"
     assert nearest("xyz", ["constant", "cosine"]) == ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Longer(Inner):
+    more: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Either:
+    part: Inner | Longer | None = None
+
+
+def test_one_of_several_kinds_is_known_by_its_fields():
+    for part in (None, Inner(rate=0.5), Longer(rate=0.5)):
+        there = config.from_dict(Either, config.to_dict(Either(part=part)))
+        assert there.part == part and type(there.part) is type(part)
+    with pytest.raises(UserError, match=r"part must have the fields of one of Inner \(.*; Longer"):
+        config.from_dict(Either, {"part": {"less": 1}})

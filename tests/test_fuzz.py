@@ -18,9 +18,9 @@ from jaxrec.cli.train import parse
 from jaxrec.config import from_dict, to_dict
 from jaxrec.convert import engine
 from jaxrec.errors import UserError
-from jaxrec.models import hrm, huginn, universal_transformer
+from jaxrec.models import hrm, huginn, sequence_classifier, universal_transformer
 from jaxrec.training import metrics
-from jaxrec.training.config import PuzzleConfig, TrainConfig
+from jaxrec.training.config import ClassifierConfig, PuzzleConfig, TrainConfig
 from jaxrec.training.data import load_tokenizer
 from jaxrec.training.data.arc import read_tasks
 from jaxrec.training.data.images import ImageFolder
@@ -204,9 +204,11 @@ def test_config_of_a_published_checkpoint(tmp_path, case, edit):
 
 OURS = [
     TrainConfig(),
+    ClassifierConfig(),
     PuzzleConfig(),
     huginn.TINY,
     hrm.SUDOKU_4X4,
+    sequence_classifier.DIGITS,  # whose mixer is one of several kinds
     universal_transformer.TINY,
 ]
 

@@ -1,8 +1,7 @@
 """RG-LRU, Mamba, RecurrentGemma and a transformer as language models: equal parameters and time.
 
-Each first makes a few steps to learn how long one takes, then a run of as many as fit into
---minutes. Writes results.json and curves.png; with --smoke, tiny models run for seconds and nothing
-is written.
+Each makes as many steps as fit into --minutes, in which its learning rate rises and falls. Writes
+results.json and curves.png; with --smoke, tiny models run for seconds and nothing is written.
 """
 
 import dataclasses

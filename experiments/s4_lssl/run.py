@@ -1,19 +1,18 @@
 """State-space layers on pixels in a row, in order and permuted, and at rates never trained on.
 
-Writes results.json; with --smoke, tiny models run for seconds and nothing is written.
+Writes results.json and accuracy.png; with --plot, draws accuracy.png from results.json alone; with
+--smoke, tiny models run for seconds and nothing is written.
 """
 
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from sklearn.datasets import load_digits
 
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.rglru import RGLRUConfig
@@ -23,11 +22,11 @@ from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 from jaxrec.training.classification import (
     ClassificationData,
     ClassificationSettings,
-    Examples,
     accuracy,
     train_classifier,
 )
 from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.data.examples import Examples, digits, permuted, resampled
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
@@ -40,13 +39,20 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="two tiny models, one epoch, no results.json"
     )
-    smoke = parser.parse_args().smoke
+    parser.add_argument(
+        "--plot", action="store_true", help="train nothing, draw what is in results.json"
+    )
+    options = parser.parse_args()
+    if options.plot:
+        plot(json.loads((HERE / "results.json").read_text()))
+        return
+    smoke = options.smoke
     results = run(smoke)
     text = json.dumps(results, indent=2)
     print(text)
     if not smoke:
         (HERE / "results.json").write_text(text + "\n")
-        print(f"plot: {plot(results)}", file=sys.stderr)
+        plot(results)
 
 
 def mixers(width: int, state: int) -> dict[str, Any]:
@@ -67,14 +73,6 @@ def mixers(width: int, state: int) -> dict[str, Any]:
     }
 
 
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """1797 images of 8 x 8 as rows of 64 numbers of zero mean, in a fixed random order."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    pixels = images[order].astype(np.float32) / 16
-    return (pixels - pixels.mean()) / pixels.std(), labels[order].astype(np.int32)
-
-
 def data_of(signal: np.ndarray, labels: np.ndarray) -> ClassificationData:
     """The first examples are held out."""
     signal = signal[..., None]
@@ -84,19 +82,12 @@ def data_of(signal: np.ndarray, labels: np.ndarray) -> ClassificationData:
     )
 
 
-def resampled(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """The signal that joins the pixels by straight lines, at `factor` samples for each."""
-    at = np.arange(round(pixels.shape[1] * factor)) / factor
-    index = np.arange(pixels.shape[1])
-    return np.stack([np.interp(at, index, row) for row in pixels]).astype(np.float32)
-
-
 def run(smoke: bool) -> dict[str, Any]:
     """Trains every mixer on each task, and tests the one trained on the pixels at other rates."""
     pixels, labels = digits()
     tasks = {
         "pixels": pixels,
-        "permuted": pixels[:, np.random.default_rng(1).permutation(pixels.shape[1])],
+        "permuted": permuted(pixels),
         "half rate, trained there": resampled(pixels, 0.5),
     }
     width, state, layers, epochs = (8, 4, 1, 1) if smoke else (48, 32, 2, 24)
@@ -150,24 +141,36 @@ def other_rates(model: Any, pixels: np.ndarray, labels: np.ndarray) -> dict[str,
     return row
 
 
-def plot(results: dict[str, Any]) -> Path:
-    """Accuracy of each layer at each rate, in a file of the temporary folder."""
-    import matplotlib.pyplot as plt
+def plot(results: dict[str, Any]) -> None:
+    """Accuracy of each layer on each task, and at each rate, in accuracy.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    names = [name for name, row in results.items() if isinstance(row, dict) and "S" in name]
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    for kind, style in (("rescaled", "o-"), ("as it is", "x--")):
-        for i, name in enumerate(names):
-            row = results[name]
-            heights = [row[f"half rate, {kind}"], row["pixels"], row[f"double rate, {kind}"]]
-            axes.plot([32, 64, 128], heights, style, color=f"C{i}", label=f"{name}, {kind}")
-    axes.set(xscale="log", xlabel="samples per image (trained on 64)", ylabel="accuracy")
-    axes.set_xticks([32, 64, 128], ["32", "64", "128"])
-    axes.minorticks_off()
-    axes.legend(fontsize=7)
-    path = Path(tempfile.mkdtemp()) / "rates.png"
-    figure.savefig(path, dpi=120)
-    return path
+    rows = {name: row for name, row in results.items() if isinstance(row, dict) and "pixels" in row}
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    tasks, rates = figure.subplots(1, 2, sharey=True)
+    names = ("pixels", "permuted", "half rate, trained there")
+    for i, (name, row) in enumerate(rows.items()):
+        places = np.arange(len(names)) + 0.2 * (i - (len(rows) - 1) / 2)
+        tasks.bar(places, [row[task] for task in names], 0.2, label=name)
+        for kind, style in (("rescaled", "o-"), ("as it is", "x--")):
+            if f"half rate, {kind}" in row:
+                heights = [row[f"half rate, {kind}"], row["pixels"], row[f"double rate, {kind}"]]
+                rates.plot([32, 64, 128], heights, style, color=f"C{i}", label=f"{name}, {kind}")
+    tasks.set(ylabel="held-out accuracy", ylim=(0, 1.02), title="trained and tested on the same")
+    tasks.set_xticks(range(len(names)), names)
+    tasks.legend(fontsize=7, loc="lower right")
+    rates.set(
+        xscale="log", xlabel="samples per image", title="trained on 64, tested at other rates"
+    )
+    rates.set_xticks([32, 64, 128], ["32", "64", "128"])
+    rates.minorticks_off()
+    rates.legend(fontsize=7)
+    for panel in (tasks, rates):
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "accuracy.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """`jaxrec eval RUN`: loss and bits per byte on the validation text, by depth; of a solver, the
-share of held-out puzzles that are solved, by segment.
+share of held-out puzzles that are solved, by segment; of a classifier, the share that is right.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxrec.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Evaluate a trained model on the validation side of its text, or on puzzles held out."""
+    """Evaluate a trained model on the validation side of its text, or on what else was held out."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, as made by `jaxrec train` or `jaxrec convert`."""
@@ -23,9 +23,14 @@ class Arguments:
     out."""
     data: str | None = None
     """Other text to evaluate on: python-docs, a file, a folder, a glob, or token files; of a
-    solver, other puzzles: sudoku-9x9, maze-10x10, a folder; the run's if left out."""
+    solver, other puzzles: sudoku-9x9, maze-10x10, a folder; of a classifier, other labelled
+    sequences: digits, digits-permuted, an .npz file; the run's if left out."""
     batches: int | None = None
-    """Evaluate on this many batches spread over the text or the puzzles; all if left out."""
+    """Evaluate on this many batches spread over the text or the puzzles, or the first ones of
+    examples; all if left out."""
+    rate: float | None = None
+    """Of a classifier of digits: samples per pixel, for a signal sampled at another rate than in
+    training; layers that know of time have their steps scaled to it."""
     step: int | None = None
     """Checkpoint; the newest if left out."""
     ema: bool = False
@@ -40,13 +45,23 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     """Prints the table, or JSON, or a grid."""
-    from jaxrec.training.config import PuzzleConfig
+    from jaxrec.training.config import ClassifierConfig, PuzzleConfig
     from jaxrec.training.runs import read_run
 
     if arguments.batches is not None and arguments.batches < 1:
         raise UserError(f"--batches must be at least 1; got {arguments.batches}.")
     depths = None if arguments.depths is None else _depths(arguments.depths)
-    if isinstance(read_run(arguments.run).config, PuzzleConfig):
+    config = read_run(arguments.run).config
+    if arguments.rate is not None and not isinstance(config, ClassifierConfig):
+        raise UserError(f"{arguments.run} is not the run of a classifier, which --rate is for.")
+    if isinstance(config, ClassifierConfig):
+        if depths is not None or arguments.show or arguments.puzzle:
+            raise UserError(
+                f"{arguments.run} is the run of a classifier; leave --depths, --show and --puzzle"
+                " out."
+            )
+        return _run_examples(arguments)
+    if isinstance(config, PuzzleConfig):
         if depths is not None:
             raise UserError(
                 f"{arguments.run} is the run of a solver, which is scored after each of its"
@@ -58,6 +73,24 @@ def run(arguments: Arguments) -> int:
             f"{arguments.run} is the run of a language model; --show and --puzzle are for solvers."
         )
     return _run_text(arguments, depths)
+
+
+def _run_examples(arguments: Arguments) -> int:
+    from jaxrec.training.classifier_runs import evaluate_classifier_run
+
+    scores, step = evaluate_classifier_run(
+        arguments.run,
+        source=arguments.data,
+        rate=arguments.rate,
+        batches=arguments.batches,
+        step=arguments.step,
+        ema=arguments.ema,
+    )
+    if arguments.json:
+        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(scores)}))
+    else:
+        print(f"{arguments.run}, step {step}, {scores.examples} held-out examples: {scores}")
+    return 0
 
 
 def _run_puzzles(arguments: Arguments) -> int:

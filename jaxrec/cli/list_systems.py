@@ -12,6 +12,7 @@ from jaxrec.convert.engine import DESCRIBED_BY
 from jaxrec.errors import UserError
 from jaxrec.models.hrm import Fixed, HRMConfig
 from jaxrec.models.protocol import LanguageModelConfig
+from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 
 EXPERIMENTS = {
     "graph_classifier": "experiments/plstm_graphs",
@@ -147,4 +148,6 @@ def _trains_on(config: Any) -> str | None:
     """What `jaxrec train` gives such a model; None if it is trained from Python."""
     if isinstance(config, HRMConfig):
         return "puzzles"
+    if isinstance(config, SequenceClassifierConfig):
+        return "sequences"
     return "text" if isinstance(config, LanguageModelConfig) else None

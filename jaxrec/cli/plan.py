@@ -16,7 +16,7 @@ from jaxrec.analysis import collectives
 from jaxrec.cli.train import read_run_options
 from jaxrec.errors import UserError, nearest
 from jaxrec.training import sharding
-from jaxrec.training.config import PuzzleConfig, TrainConfig
+from jaxrec.training.config import TrainConfig
 from jaxrec.training.flops import PEAK_FLOPS
 from jaxrec.training.step import build_steps
 
@@ -81,9 +81,9 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise UserError(
             f"--card: {card!r} is unknown.{nearest(card, CARDS)} There are {', '.join(CARDS)}."
         )
-    if isinstance(arguments.train, PuzzleConfig):
+    if not isinstance(arguments.train, TrainConfig):
         raise UserError(
-            f"{path} solves puzzles; plans are made for language models, such as"
+            f"{path} is no language model; plans are made for language models, such as"
             " jaxrec.models.huginn:TINY."
         )
     return Parsed(list(argv), path, arguments)

@@ -19,7 +19,7 @@ from jaxrec.layers.apart import for_decoding
 from jaxrec.models.hrm import Rows
 from jaxrec.models.protocol import loop_inputs
 from jaxrec.training import sharding
-from jaxrec.training.config import PuzzleConfig, TrainConfig
+from jaxrec.training.config import ClassifierConfig, PuzzleConfig, TrainConfig
 from jaxrec.training.puzzles import build_puzzle_steps
 from jaxrec.training.step import build_steps
 
@@ -63,6 +63,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """
     path, arguments = read_run_options(argv, "profile", HELP, Options())
     options = arguments.options
+    if isinstance(arguments.train, ClassifierConfig):
+        raise UserError(
+            f"{path} classifies sequences; what is profiled are language models and solvers."
+        )
     for name in ("repeats", "top"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1; got {getattr(options, name)}.")

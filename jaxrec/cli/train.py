@@ -1,5 +1,5 @@
-"""`jaxrec train MODEL`: trains a language model on text, or a solver on puzzles, and ends with what
-it has learned.
+"""`jaxrec train MODEL`: trains a language model on text, a solver on puzzles, or a classifier on
+labelled sequences, and ends with what it has learned.
 """
 
 import dataclasses
@@ -7,7 +7,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +16,15 @@ import tyro
 
 from jaxrec.config import from_dict, load_object, to_dict
 from jaxrec.errors import UserError
-from jaxrec.training.config import PuzzleConfig, RunConfig, TrainConfig
+from jaxrec.training.config import ClassifierConfig, PuzzleConfig, RunConfig, TrainConfig
 from jaxrec.training.runs import config_class, read_run, tokenizer_of
 
 HELP = """usage: jaxrec train MODEL [options]
 
 MODEL is a configuration by import path, such as jaxrec.models.huginn:TINY, a language model, or
-jaxrec.models.hrm:SUDOKU_4X4, a solver of puzzles; `jaxrec list` shows all. --data names what it
-learns from: text, or puzzles such as sudoku-4x4.
+jaxrec.models.hrm:SUDOKU_4X4, a solver of puzzles, or jaxrec.models.sequence_classifier:DIGITS, a
+classifier of sequences; `jaxrec list` shows all. --data names what it learns from: text, puzzles
+such as sudoku-4x4, or labelled sequences: digits, digits-permuted or an .npz file.
 Or it is the folder of a run, made by `jaxrec convert`, say, with whose parameters a new one begins.
 Its fields are options --model.FIELD; `jaxrec train MODEL --help` lists them with the others.
 --config FILE reads options from YAML or JSON, with the model's fields under "model"."""
@@ -75,6 +76,7 @@ def read_run_options(
     from jaxrec.cli.main import read_arguments
     from jaxrec.models.hrm import HRMConfig
     from jaxrec.models.protocol import LanguageModelConfig
+    from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 
     if not argv or argv[0] in ("-h", "--help"):
         print(description)
@@ -85,10 +87,11 @@ def read_run_options(
             f"MODEL comes first: jaxrec {command} jaxrec.models.huginn:TINY {shlex.join(argv)}"
         )
     model = _model_config(path)
-    if isinstance(model, type) or not isinstance(model, (LanguageModelConfig, HRMConfig)):
+    trained = (LanguageModelConfig, HRMConfig, SequenceClassifierConfig)
+    if isinstance(model, type) or not isinstance(model, trained):
         raise UserError(
-            f"{path} is not the configuration of a language model or of a solver of puzzles, which"
-            " are what this command trains; `jaxrec list` shows all."
+            f"{path} is not the configuration of a language model, of a solver of puzzles or of a"
+            " classifier of sequences, which are what this command trains; `jaxrec list` shows all."
         )
     rest = _with_short_data(rest)
     kind: Any = config_class(model)
@@ -103,7 +106,11 @@ def read_run_options(
     arguments = dataclasses.make_dataclass(
         "Arguments",
         [
-            ("model", type(model), dataclasses.field(default=model)),
+            (
+                "model",  # of parts that are one of several kinds, the kind stays
+                Annotated[type(model), tyro.conf.AvoidSubcommands],
+                dataclasses.field(default=model),
+            ),
             (
                 "train",
                 Annotated[type(config), tyro.conf.arg(name="")],
@@ -128,6 +135,8 @@ def _config_of_run(folder: Path) -> RunConfig:
     run, name = read_run(folder), f"{folder.resolve().name}-on"
     if isinstance(run.config, PuzzleConfig):
         return PuzzleConfig(name=name, data=run.config.data)
+    if isinstance(run.config, ClassifierConfig):
+        return ClassifierConfig(name=name, data=run.config.data)
     config = TrainConfig(name=name)
     return dataclasses.replace(
         config,
@@ -137,19 +146,36 @@ def _config_of_run(folder: Path) -> RunConfig:
 
 
 def _check_data(path: str, config: RunConfig) -> None:
-    """Refuses text for a solver of puzzles and puzzles for a language model."""
+    """Refuses what a model of this kind cannot learn from."""
     from jaxrec.training.data.corpora import BUILT_IN
+    from jaxrec.training.data.examples import NAMES, are_examples
     from jaxrec.training.data.puzzle_sources import SUDOKUS, are_puzzles
 
-    if isinstance(config, PuzzleConfig) and config.data.source in BUILT_IN:
+    kind: type[RunConfig]
+    source = config.data.source  # type: ignore[attr-defined]
+    if source in BUILT_IN:
+        kind, said = TrainConfig, "is text"
+    elif are_puzzles(source):
+        kind, said = PuzzleConfig, "are puzzles"
+    elif are_examples(source):
+        kind, said = ClassifierConfig, "are labelled sequences"
+    else:
+        return
+    if isinstance(config, PuzzleConfig) and kind is not PuzzleConfig:
         raise UserError(
-            f"{path} solves puzzles and cannot learn from {config.data.source}, which is text. Give"
+            f"{path} solves puzzles and cannot learn from {source}, which {said}. Give"
             f" --data {', '.join(SUDOKUS)}, maze-NxN or a folder of puzzles."
         )
-    if isinstance(config, TrainConfig) and are_puzzles(config.data.source):
+    if isinstance(config, ClassifierConfig) and kind is not ClassifierConfig:
         raise UserError(
-            f"{path} is a language model and cannot learn from {config.data.source}, which are"
-            " puzzles. Train jaxrec.models.hrm:SUDOKU_4X4, say, or give text by --data."
+            f"{path} classifies sequences and cannot learn from {source}, which {said}. Give"
+            f" --data {', '.join(NAMES)}, or an .npz file of inputs and labels."
+        )
+    if isinstance(config, TrainConfig) and kind is not TrainConfig:
+        other = "hrm:SUDOKU_4X4" if kind is PuzzleConfig else "sequence_classifier:DIGITS"
+        raise UserError(
+            f"{path} is a language model and cannot learn from {source}, which {said}. Train"
+            f" jaxrec.models.{other}, say, or give text by --data."
         )
 
 
@@ -168,14 +194,21 @@ def run(parsed: tuple[str, Any]) -> int:
         "start": start,
         "stream": sys.stdout,
     }
-    solver = isinstance(arguments.train, PuzzleConfig)
-    if solver:
+    conclude: Callable[[Any, str], None]
+    if isinstance(arguments.train, PuzzleConfig):
         from jaxrec.training.puzzles import train_puzzles
 
+        conclude = _conclude_puzzles
         outcome: Any = train_puzzles(model_path, arguments.model, arguments.train, **options)
+    elif isinstance(arguments.train, ClassifierConfig):
+        from jaxrec.training.classifier_runs import train_classifier_run
+
+        conclude = _conclude_classifier
+        outcome = train_classifier_run(model_path, arguments.model, arguments.train, **options)
     else:
         from jaxrec.training.loop import train
 
+        conclude = _conclude
         outcome = train(model_path, arguments.model, arguments.train, sample=_sample, **options)
     if not hosts.is_first():
         return 0
@@ -187,7 +220,6 @@ def run(parsed: tuple[str, Any]) -> int:
         )
         return 0
     longer = dataclasses.replace(arguments.train, steps=2 * arguments.train.steps)
-    conclude = _conclude_puzzles if solver else _conclude
     conclude(outcome, command_line(path, dataclasses.replace(arguments, train=longer)))
     return 0
 
@@ -208,6 +240,22 @@ def _conclude_puzzles(outcome: Any, go_on: str) -> None:
     where = shlex.quote(str(run.folder))
     print(f"See one:   {program()} eval {where}{average} --show")
     print(f"Evaluate:  {program()} eval {where}{average}")
+    print(f"Go on:     {go_on}")
+
+
+def _conclude_classifier(outcome: Any, go_on: str) -> None:
+    from jaxrec.cli.main import program
+    from jaxrec.training import classifier_report
+
+    run, scores = outcome.run, outcome.evaluation
+    classifier_report.write_classifier_report(outcome)
+    print(
+        f"\n{scores.examples} held-out examples ({run.data['source']}) after {outcome.step} steps:"
+        f" {scores}"
+    )
+    print(_curves(classifier_report.plot_classifier_curves(run.folder)))
+    average = "" if run.config.optimizer.ema_decay is None else " --ema"
+    print(f"Evaluate:  {program()} eval {shlex.quote(str(run.folder))}{average}")
     print(f"Go on:     {go_on}")
 
 

@@ -109,12 +109,14 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def time_axis() -> str | None:
-    """The mesh axis over which the compiler splits time on the current mesh; None if over none."""
+def time_axis(steps: int | None = None) -> str | None:
+    """The mesh axis over which the compiler splits time on the current mesh; None if over none, or
+    if it does not split so many steps evenly.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True):
         if name in LOGICAL_TO_MESH["time"] and size > 1 and kind == AxisType.Auto:
-            return str(name)
+            return None if steps is not None and steps % size else str(name)
     return None
 
 

@@ -10,6 +10,7 @@ layers (2021), arXiv:2110.13985.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least
+from jaxrec.layers.axes import time_axis
 from jaxrec.layers.ssm import (
     View,
+    check_one_step,
     check_steps,
     convolves,
     log_uniform_steps,
@@ -26,8 +29,8 @@ from jaxrec.layers.ssm import (
     start,
 )
 from jaxrec.ops import hippo
-from jaxrec.ops.discretize import generalised_bilinear
-from jaxrec.ops.time import dense_scan, fft_conv, krylov
+from jaxrec.ops.discretize import generalised_bilinear, largest_decay
+from jaxrec.ops.time import dense_conv, dense_scan, sharded_dense_conv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class LSSL(nnx.Module):
 
     def discretized(self, step_rescale: float | Array = 1.0) -> tuple[Array, Array]:
         """A_bar (d n n) and B_bar (d n), float32."""
+        check_one_step("LSSL", step_rescale)
         if self.transition is None or self.input is None:
             a, b = (jnp.asarray(x, jnp.float32) for x in hippo.legs(self.config.state))
         else:
@@ -88,6 +92,10 @@ class LSSL(nnx.Module):
         return generalised_bilinear(
             a, b, rescaled_step("LSSL", log_step, step_rescale), self.config.alpha
         )
+
+    def largest_decay(self) -> Array:
+        """The largest |eigenvalue of A_bar| of all features."""
+        return jnp.max(largest_decay(self.discretized()[0], dense=True))
 
     def __call__(
         self,
@@ -105,7 +113,9 @@ class LSSL(nnx.Module):
           state: (b d n) float32 from `init_state` or the call before; None begins at zero.
           reset: bool (b t), True = the state that enters this step is zero.
           step_rescale: factor on every dt, for a signal sampled at another rate than in training.
-          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset.
+          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset. Over a
+            mesh that splits time the convolution sends states only; the scan is left to the
+            compiler, which gathers the sequence.
 
         Returns:
           y (b t d m) in x's dtype, and the last state.
@@ -118,10 +128,9 @@ class LSSL(nnx.Module):
             a_bar, b_bar = self.discretized(step_rescale)
             output, wide = self.output[...].astype(jnp.float32), x.astype(jnp.float32)
             if convolves("LSSL", method, state, reset):
-                columns = krylov(a_bar, b_bar, x.shape[1])
-                kernel = jnp.einsum("dmn,dnt->tdm", output, columns)
-                y = fft_conv(wide[..., None], kernel)
-                last = jnp.einsum("dnt,btd->bdn", columns[..., ::-1], wide)
+                axis = time_axis(x.shape[1])
+                conv = dense_conv if axis is None else partial(sharded_dense_conv, axis=axis)
+                y, last = conv(a_bar, b_bar, output, wide)
             else:
                 state = start("LSSL", state, x, self.init_state(x.shape[0]))
                 y, last = dense_scan(a_bar, b_bar, output, wide, state, reset)

@@ -18,9 +18,11 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least, one_of
+from jaxrec.layers.axes import time_axis
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import (
     View,
+    check_one_step,
     check_steps,
     convolves,
     log_uniform_steps,
@@ -28,7 +30,7 @@ from jaxrec.layers.ssm import (
     start,
 )
 from jaxrec.ops import hippo
-from jaxrec.ops.discretize import discretize_diagonal
+from jaxrec.ops.discretize import discretize_diagonal, largest_decay
 from jaxrec.ops.time import diagonal_kernel, diagonal_last_state, fft_conv
 
 Init = Literal["lin", "inv", "legs"]
@@ -92,6 +94,19 @@ class S4D(nnx.Module):
         """Zero state (b d n/2), complex64."""
         return jnp.zeros((batch, self.config.width, self.config.state // 2), jnp.complex64)
 
+    def largest_decay(self) -> Array:
+        """The largest |A_bar| of all features."""
+        return jnp.max(largest_decay(self._discretized(1.0)[2]))
+
+    def _discretized(self, step_rescale: float | Array) -> tuple[Array, Array, Array, Array]:
+        """lambda (d n/2), dt (d 1), A_bar (d n/2) and the factor of B (d n/2)."""
+        check_one_step("S4D", step_rescale)
+        rate, frequency = (x[...].astype(jnp.float32) for x in (self.log_rate, self.frequency))
+        eigenvalues = lax.complex(-jnp.exp(rate), frequency)
+        step = rescaled_step("S4D", self.log_step[...], step_rescale)[:, None]
+        decay, gain = discretize_diagonal(eigenvalues, step, self.config.discretization)
+        return eigenvalues, step, decay, gain
+
     def __call__(
         self,
         x: Array,
@@ -108,7 +123,8 @@ class S4D(nnx.Module):
           state: (b d n/2) complex64 from `init_state` or the call before; None begins at zero.
           reset: bool (b t), True = the state that enters this step is zero.
           step_rescale: factor on every dt, for a signal sampled at another rate than in training.
-          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset.
+          method: "conv" or "scan"; "auto" convolves when there is neither state nor reset, and no
+            mesh that splits time.
 
         Returns:
           y (b t d) in x's dtype, and the last state.
@@ -118,21 +134,16 @@ class S4D(nnx.Module):
             resets, or step_rescale is not positive.
         """
         with jax.named_scope("s4d"):
-            rate, frequency, output_real, output_imag = (
+            output_real, output_imag = (
                 parameter[...].astype(jnp.float32)
-                for parameter in (
-                    self.log_rate,
-                    self.frequency,
-                    self.output_real,
-                    self.output_imag,
-                )
+                for parameter in (self.output_real, self.output_imag)
             )
-            eigenvalues = lax.complex(-jnp.exp(rate), frequency)
             output = lax.complex(output_real, output_imag)
-            step = rescaled_step("S4D", self.log_step[...], step_rescale)[:, None]
-            decay, gain = discretize_diagonal(eigenvalues, step, self.config.discretization)
+            eigenvalues, step, decay, gain = self._discretized(step_rescale)
             wide = x.astype(jnp.float32)
-            if convolves("S4D", method, state, reset):
+            # A transform over time that is split would gather the sequence; a scan sends carries.
+            split = method == "auto" and time_axis(x.shape[1]) is not None
+            if convolves("S4D", method, state, reset) and not split:
                 if self.config.discretization == "zoh":
                     log_decay = eigenvalues * step.astype(eigenvalues.dtype)
                 else:

@@ -23,7 +23,7 @@ from jaxrec.layers.linear import normal_cut_at_two
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import check_steps, log_uniform_steps, rescaled_step, start
 from jaxrec.ops import hippo
-from jaxrec.ops.discretize import discretize_diagonal
+from jaxrec.ops.discretize import discretize_diagonal, largest_decay
 
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 Discretization = Literal["zoh", "bilinear"]
@@ -117,20 +117,30 @@ class S5(nnx.Module):
 
     def discretized(self, step_rescale: float | Array = 1.0) -> tuple[Array, Array]:
         """A_bar (n) and B_bar (n d), complex64."""
-        real, imag, input_real, input_imag = (
+        decay, gain = self._system(step_rescale)
+        return decay, gain[:, None] * lax.complex(*self._input())
+
+    def largest_decay(self) -> Array:
+        """The largest |A_bar|."""
+        return largest_decay(self._system(1.0)[0])
+
+    def _system(self, step_rescale: float | Array) -> tuple[Array, Array]:
+        """A_bar and the factor of B, complex64: (n), or (b t n) with a factor (b t 1)."""
+        real, imag = (
             parameter[...].astype(jnp.float32)
-            for parameter in (
-                self.eigenvalue_real,
-                self.eigenvalue_imag,
-                self.input_real,
-                self.input_imag,
-            )
+            for parameter in (self.eigenvalue_real, self.eigenvalue_imag)
         )
         if self.config.clip_eigs:
             real = jnp.minimum(real, LARGEST_REAL_PART)
-        step = rescaled_step("S5", self.log_step[...], step_rescale) * self.config.step_rescale
-        decay, gain = discretize_diagonal(lax.complex(real, imag), step, self.config.discretization)
-        return decay, gain[:, None] * lax.complex(input_real, input_imag)
+        step, eigenvalues = self.log_step[...], lax.complex(real, imag)
+        if jnp.ndim(step_rescale):
+            step, eigenvalues = step[None, None], eigenvalues[None, None]
+        step = rescaled_step("S5", step, step_rescale) * self.config.step_rescale
+        return discretize_diagonal(eigenvalues, step, self.config.discretization)
+
+    def _input(self) -> tuple[Array, Array]:
+        """Real and imaginary part of B (n d), float32."""
+        return self.input_real[...].astype(jnp.float32), self.input_imag[...].astype(jnp.float32)
 
     def __call__(
         self,
@@ -149,48 +159,62 @@ class S5(nnx.Module):
           reset: bool (b t), True where a document begins; none sees another, in either direction.
           valid: bool (b t), False = padding, whose content, even if it is not finite, reaches no
             output elsewhere; the state after it is zero.
-          step_rescale: factor on every dt, for a signal sampled at another rate than in training.
-            It multiplies that of the configuration.
+          step_rescale: factor on every dt, for a signal sampled at another rate than in training;
+            or (b t), one for each step, for samples at unequal intervals: that from the step before
+            over the usual one. The scan from the end takes them as they are, too. It multiplies
+            that of the configuration.
 
         Returns:
           y (b t d) in x's dtype, and the last state; None for a bidirectional layer.
 
         Raises:
           ValueError: the state belongs to another batch, a bidirectional layer was given one, or
-            step_rescale is not positive.
+            step_rescale is not positive or of another shape.
         """
+        if jnp.ndim(step_rescale) and jnp.shape(step_rescale) != x.shape[:2]:
+            raise ValueError(
+                f"S5: step_rescale must be one number or (b t) = {x.shape[:2]}, got shape"
+                f" {jnp.shape(step_rescale)}."
+            )
         if state is not None and self.config.bidirectional:
             raise ValueError(
                 "S5: a bidirectional layer cannot stream; call it on the whole sequence without a"
                 " state."
             )
         with jax.named_scope("s5"):
-            decay, inputs = self.discretized(step_rescale)
             wide = x.astype(jnp.float32)
             if valid is not None:
                 wide = jnp.where(valid[..., None], wide, 0)
                 reset = ~valid if reset is None else reset | ~valid
-            driven = lax.complex(
-                jnp.einsum("btd,nd->btn", wide, jnp.real(inputs)),
-                jnp.einsum("btd,nd->btn", wide, jnp.imag(inputs)),
-            )
+            if jnp.ndim(step_rescale):
+                each = jnp.asarray(step_rescale, jnp.float32)
+                each = each if valid is None else jnp.where(valid, each, 1.0)
+                decay, gain = self._system(each[..., None])
+                driven = gain * _product(wide, *self._input())
+            else:
+                decay, inputs = self.discretized(step_rescale)
+                decay = decay[None, None]
+                driven = _product(wide, jnp.real(inputs), jnp.imag(inputs))
             zeros = jnp.zeros((x.shape[0], self.config.state), jnp.complex64)
-            states, last = scan_over_time(
-                decay[None, None], driven, start("S5", state, x, zeros), reset=reset
-            )
+            states, last = scan_over_time(decay, driven, start("S5", state, x, zeros), reset=reset)
             y = _real_part_of_product(states, self.output_real, self.output_imag)
             if self.config.bidirectional:
                 # Seen from the end, the step before a document's first belongs to another one.
                 ends = None if reset is None else jnp.pad(reset[:, 1:], [(0, 0), (0, 1)])
                 if ends is not None and valid is not None:
                     ends = ends | ~valid
-                states, _ = scan_over_time(decay[None, None], driven, reverse=True, reset=ends)
+                states, _ = scan_over_time(decay, driven, reverse=True, reset=ends)
                 y = y + _real_part_of_product(
                     states, self.reverse_output_real, self.reverse_output_imag
                 )
             y = (2 if self.config.conj_sym else 1) * y
             y = y + self.skip[...].astype(jnp.float32)[None, None] * wide
             return y.astype(x.dtype), None if self.config.bidirectional else last
+
+
+def _product(x: Array, real: Array, imag: Array) -> Array:
+    """B x_t for every step, complex64 (b t n)."""
+    return lax.complex(jnp.einsum("btd,nd->btn", x, real), jnp.einsum("btd,nd->btn", x, imag))
 
 
 def _real_part_of_product(states: Array, real: nnx.Param, imag: nnx.Param) -> Array:

@@ -1,5 +1,5 @@
-"""What the linear time-invariant layers share: their time steps, and which of their two views
-runs.
+"""What the linear time-invariant layers share: their time steps, which of their two views runs, and
+whether they are stable.
 """
 
 from typing import Literal, get_args
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jaxrec.ops.discretize import ROUNDING
 
 View = Literal["auto", "conv", "scan"]
 
@@ -31,11 +33,32 @@ def rescaled_step(name: str, log_step: Array, rescale: float | Array) -> Array:
     Args:
       name: of the layer, for the message.
       log_step: (...).
-      rescale: > 0, scalar: 2 for a signal that has every second sample of those in training.
+      rescale: > 0: 2 for a signal that has every second sample of those in training. A scalar, or
+        of a shape that broadcasts with log_step's.
     """
     if not isinstance(rescale, jax.core.Tracer) and not np.all(np.asarray(rescale) > 0):
-        raise ValueError(f"{name}: step_rescale must be > 0, got {rescale}.")
+        raise ValueError(f"{name}: step_rescale must be > 0, got {np.min(np.asarray(rescale))}.")
     return jnp.exp(log_step.astype(jnp.float32)) * jnp.asarray(rescale, jnp.float32)
+
+
+def check_one_step(name: str, rescale: float | Array) -> None:
+    """Refuses a factor for every step where one system runs over all of them."""
+    if jnp.ndim(rescale):
+        raise ValueError(
+            f"{name}: step_rescale must be one number, got shape {jnp.shape(rescale)}. Samples at"
+            " unequal intervals are for S5."
+        )
+
+
+def stability(largest_decay: Array) -> dict[str, Array]:
+    """What a model says of its linear recurrences (...): largest_decay, the largest |a| of all, and
+    unstable, 1 if it is above one by more than rounding, so that states grow without bound, else 0.
+    """
+    largest = jnp.max(largest_decay)
+    return {
+        "largest_decay": largest,
+        "unstable": (largest > 1 + ROUNDING).astype(jnp.float32),
+    }
 
 
 def start(name: str, state: Array | None, x: Array, zeros: Array) -> Array:

@@ -2,16 +2,16 @@
 
     x = W_in u;   x = x + dropout(act(mixer(norm(x))))   for each block;   logits = W_out mean_t x_t
 
-or, without prenorm, x = norm(x + dropout(act(mixer(x)))). The mixer is S5, S4D, LSSL, or the RG-LRU
-as a baseline with a real decay. The originals normalise over the batch; here layer norm stands in
-its place everywhere, so that a model holds no statistics and examples do not talk.
+or, without prenorm, x = norm(x + dropout(act(mixer(x)))). The mixer is S5, S4D, LSSL, Mamba, or the
+RG-LRU as a baseline with a real decay. The originals normalise over the batch; here layer norm
+stands in its place everywhere, so that a model holds no statistics and examples do not talk.
 
 Smith et al., S5 (2022), arXiv:2208.04933, section 6 and appendix G; Gu et al., LSSL (2021),
 arXiv:2110.13985, appendix E.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,42 @@ from jax import Array
 
 from jaxrec.config import at_least, one_of
 from jaxrec.layers.axes import constrain
+from jaxrec.layers.gated_activation import Activation, GatedActivation
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.lssl import LSSL, LSSLConfig
+from jaxrec.layers.mamba import Mamba
 from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.rglru import RGLRU, RGLRUConfig
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5, S5Config
-from jaxrec.ops.depth import remat_scan
+from jaxrec.layers.ssm import stability
+from jaxrec.ops.depth import RematPolicy, remat_scan
 
-Activation = Literal["gelu", "full_glu", "half_glu1", "half_glu2"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaMixerConfig:
+    """Mamba, whose time steps depend on the input and are none of the signal's."""
+
+    width: int
+    inner_width: int  # channels of the recurrence; published: 2 width
+    step_rank: int  # bottleneck through which step sizes come; published: width / 16
+    state_size: int = 16  # numbers kept for each inner channel
+    conv_width: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "width", "inner_width", "step_rank", "state_size")
+        at_least(self, 2, "conv_width")
+
+    def build(self, *, rngs: nnx.Rngs) -> Mamba:
+        """A freshly initialised layer."""
+        return Mamba(
+            self.width,
+            self.inner_width,
+            self.state_size,
+            self.step_rank,
+            conv_width=self.conv_width,
+            rngs=rngs,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +64,8 @@ class SequenceClassifierConfig:
 
     inputs: int  # features of each step
     classes: int
-    mixer: S5Config | S4DConfig | LSSLConfig | RGLRUConfig  # its width is the width of the stream
+    # Its width is the width of the stream.
+    mixer: S5Config | S4DConfig | LSSLConfig | MambaMixerConfig | RGLRUConfig
     layers: int
     activation: Activation = "half_glu1"
     prenorm: bool = True  # normalise what a block reads, instead of what it leaves
@@ -67,37 +95,14 @@ class SequenceClassifierConfig:
         """What a mixer gives for each feature."""
         return self.mixer.outputs if isinstance(self.mixer, LSSLConfig) else 1
 
+    @property
+    def has_time_steps(self) -> bool:
+        """Whether the mixer is a system in continuous time, whose steps can be scaled."""
+        return isinstance(self.mixer, S5Config | S4DConfig | LSSLConfig)
+
     def build(self, *, rngs: nnx.Rngs) -> "SequenceClassifier":
         """A freshly initialised model."""
         return SequenceClassifier(self, rngs=rngs)
-
-
-class GatedActivation(nnx.Module):
-    """What follows a mixer, with g = gelu(x).
-
-        gelu g or W1 g;   full_glu W1 g * sigmoid(W2 g);
-        half_glu1 g * sigmoid(W2 g);   half_glu2 x * sigmoid(W2 g)
-
-    gelu has its W1 where the mixer acts on every feature by itself or has several outputs for each.
-    """
-
-    def __init__(self, kind: Activation, inputs: int, width: int, *, mix: bool, rngs: nnx.Rngs):
-        self.kind = kind
-        init, axes = jax.nn.initializers.lecun_normal(), ("embed", "mlp")
-
-        def linear() -> Linear:
-            return Linear(inputs, width, init=init, axes=axes, bias=True, rngs=rngs)
-
-        self.value = linear() if kind == "full_glu" or (kind == "gelu" and mix) else None
-        self.gate = linear() if kind != "gelu" else None
-
-    def __call__(self, x: Array) -> Array:
-        """Maps (b t e) to (b t d)."""
-        g = jax.nn.gelu(x)
-        y = x if self.kind == "half_glu2" else g
-        if self.value is not None:
-            y = self.value(g)
-        return y if self.gate is None else y * jax.nn.sigmoid(self.gate(g))
 
 
 class MixerBlock(nnx.Module):
@@ -134,6 +139,8 @@ class MixerBlock(nnx.Module):
         if isinstance(self.mixer, RGLRU):
             begin = jnp.zeros_like(valid).at[:, 0].set(True)
             return self.mixer(x, self.mixer.init_state(x.shape[0]), reset=begin)[0]
+        if isinstance(self.mixer, Mamba):
+            return self.mixer(x, self.mixer.init_state(x.shape[0]))[0]
         if isinstance(self.mixer, S5):
             return self.mixer(x, valid=valid, step_rescale=step_rescale)[0]
         y, _ = self.mixer(x, step_rescale=step_rescale)
@@ -162,6 +169,7 @@ class SequenceClassifier(nnx.Module):
         *,
         step_rescale: float | Array = 1.0,
         key: Array | None = None,
+        remat: RematPolicy = "none",
     ) -> Array:
         """Scores the classes.
 
@@ -170,8 +178,10 @@ class SequenceClassifier(nnx.Module):
           lengths: valid steps of each sequence, int (b) >= 1; what comes after them changes
             nothing. None: all.
           step_rescale: factor on every time step, for a signal sampled at another rate than in
-            training: 2 for every second sample, 1/2 for twice as many. The RG-LRU has none.
+            training: 2 for every second sample, 1/2 for twice as many; S5 takes one for every step
+            too, (b t), for samples at unequal intervals. Mamba and the RG-LRU have none.
           key: of dropout; None drops nothing.
+          remat: what the gradient stores, see `ops.depth.remat_scan`.
 
         Returns:
           Logits (b classes), float32.
@@ -188,12 +198,49 @@ class SequenceClassifier(nnx.Module):
             return block(x, valid, step_rescale, block_key), None
 
         with jax.named_scope("blocks"):
-            x, _ = remat_scan(body, x, (self.blocks, keys))
+            x, _ = remat_scan(body, x, (self.blocks, keys), remat=remat)
         with jax.named_scope("head"):
             total = jnp.sum(jnp.where(valid[..., None], x, 0), axis=1, dtype=jnp.float32)
             mean = total / lengths[:, None].astype(jnp.float32)
             return self.decoder(mean).astype(jnp.float32)
 
+    def stability(self) -> dict[str, Array]:
+        """`layers.ssm.stability` of the worst layer; nothing if the mixer cannot be unstable."""
+        if not self.config.has_time_steps:
+            return {}
+        decays = jax.lax.map(lambda block: block.mixer.largest_decay(), self.blocks)
+        return stability(decays)
+
+
+DIGITS = SequenceClassifierConfig(
+    inputs=1,
+    classes=10,
+    mixer=S5Config(width=48, state=16, dt_min=0.01, dt_max=0.3),
+    layers=2,
+    activation="full_glu",
+    dropout=0.1,
+)
+"""8 x 8 digits as 64 pixels in a row: the S5 of experiments/s4_lssl, 16,522 parameters."""
+
+LRA_LISTOPS = SequenceClassifierConfig(
+    inputs=15,
+    classes=10,
+    mixer=S5Config(width=128, state=8, blocks=8, bidirectional=True),
+    layers=8,
+    activation="half_glu2",
+)
+"""Nested operations on digits in up to 2000 symbols, one-hot: ten digits, four operators and the
+bracket that closes; with the sizes of S5's published run."""
+
+LRA_TEXT = SequenceClassifierConfig(
+    inputs=256,
+    classes=2,
+    mixer=S5Config(width=256, state=96, blocks=12, bidirectional=True),
+    layers=6,
+    activation="half_glu2",
+    dropout=0.1,
+)
+"""Opinions on films in up to 4096 bytes, one-hot, with the sizes of S5's published run."""
 
 LRA_IMAGE = SequenceClassifierConfig(
     inputs=1,

@@ -7,7 +7,7 @@
 with alpha = 0 Euler, 1/2 bilinear (Tustin), 1 backward Euler. A stable system stays stable for any
 dt under zero-order hold and for alpha >= 1/2; under Euler it does not once |1 + dt lambda| > 1.
 Nothing is raised then, because trained values are not known when a program is built; `is_stable`
-says it.
+says it, and models report `largest_decay` at every evaluation.
 
 Gu et al., Combining recurrent, convolutional, and continuous-time models with linear state-space
 layers (2021), arXiv:2110.13985, section 2; Smith et al., S5 (2022), arXiv:2208.04933, section 2.
@@ -18,10 +18,14 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 Method = Literal["zoh", "bilinear", "euler", "backward_euler"]
 ALPHA = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}
+
+ROUNDING = 1e-5
+"""By so much may |a| exceed one and count as one."""
+SQUARINGS = 24
 
 # (exp(z) - 1) / z = sum_k z^k / (k + 1)!; inside this radius ten terms leave less than 1e-10.
 SERIES_RADIUS = 0.5
@@ -95,19 +99,41 @@ def discretize_diagonal(
     return (1 + (1 - alpha) * z) / (1 - alpha * z), wide_step / (1 - alpha * z)
 
 
-def is_stable(transition: Array, *, dense: bool = False) -> Array:
-    """Whether x_t = A_bar x_{t-1} stays bounded from everywhere: no |eigenvalue| exceeds one.
+def largest_decay(transition: Array, *, dense: bool = False) -> Array:
+    """The largest |eigenvalue| of A_bar: x_t = A_bar x_{t-1} stays bounded from everywhere if it is
+    at most one.
 
     Args:
       transition: the decays (... n) of a diagonal system, or its matrix (... n n).
-      dense: it is a matrix. Its eigenvalues are taken on the CPU backend only.
+      dense: it is a matrix, whose 2^SQUARINGS-th power is taken, by that root of its norm. On any
+        backend, and for a matrix however far from normal the root leaves nothing of its condition.
 
     Returns:
-      bool (...). One exactly on the circle, up to rounding, counts as stable.
+      float (...).
     """
-    eigenvalues = jnp.linalg.eigvals(transition) if dense else transition
-    rounding = 10 * jnp.finfo(transition.dtype).eps
-    return jnp.all(jnp.abs(eigenvalues) <= 1 + rounding, axis=-1)
+    if not dense:
+        return jnp.max(jnp.abs(transition), axis=-1)
+
+    def norm_of(x: Array) -> Array:
+        return jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1)), jnp.finfo(x.dtype).tiny)
+
+    def square(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        power, log_root = carry  # A^(2^i) without its norm, whose 2^i-th root this is
+        power = jnp.matmul(power, power, precision="highest")
+        norm = norm_of(power)
+        return power / norm[..., None, None], log_root + jnp.log(norm) * 0.5 ** (i + 1)
+
+    norm = norm_of(transition)
+    start = transition / norm[..., None, None], jnp.log(norm)
+    return jnp.exp(lax.fori_loop(0, SQUARINGS, square, start)[1])
+
+
+def is_stable(transition: Array, *, dense: bool = False) -> Array:
+    """Whether x_t = A_bar x_{t-1} stays bounded from everywhere, bool (...): no |eigenvalue|
+    exceeds one. One on the circle, up to ROUNDING, counts as stable. Arguments as of
+    `largest_decay`.
+    """
+    return largest_decay(transition, dense=dense) <= 1 + ROUNDING
 
 
 def _mean_growth(z: Array) -> Array:

@@ -4,7 +4,9 @@ import importlib
 from typing import Any
 
 from jaxrec.training.config import (
+    ClassifierConfig,
     DataConfig,
+    ExamplesConfig,
     OptimizerConfig,
     PuzzleConfig,
     PuzzleDataConfig,
@@ -14,14 +16,18 @@ from jaxrec.training.config import (
 _LATER = {
     "train": "loop",
     "train_puzzles": "puzzles",
+    "train_classifier_run": "classifier_runs",
     "evaluate_run": "evaluation",
     "evaluate_puzzles_run": "puzzles",
+    "evaluate_classifier_run": "classifier_runs",
     "load_model": "runs",
     "read_run": "runs",
 }
 
 __all__ = [
+    "ClassifierConfig",
     "DataConfig",
+    "ExamplesConfig",
     "OptimizerConfig",
     "PuzzleConfig",
     "PuzzleDataConfig",

@@ -1,5 +1,5 @@
-"""Training a classifier of sequences or images that fit into memory, with another learning rate for
-the state-space parameters.
+"""Training a classifier of sequences or images in one process that keeps nothing on disk, with
+another learning rate for the state-space parameters; `classifier_runs` trains in a run folder.
 
 As S5 does (Smith et al. 2022, arXiv:2208.04933, appendix G.2.1): eigenvalues, time steps, input
 matrices and norms move at a rate of their own, usually smaller, and do not decay.
@@ -17,7 +17,8 @@ import optax
 from flax import nnx
 from jax import Array
 
-from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.config import ClassifierConfig, OptimizerConfig
+from jaxrec.training.data.examples import Examples
 from jaxrec.training.optim import scale_by_adam, schedule
 
 STATE_SPACE_PARAMETERS = (
@@ -33,15 +34,6 @@ STATE_SPACE_PARAMETERS = (
     "decay",
 )
 """Names of the parameters with the learning rate of their own, beside all of a block's norm."""
-
-
-class Examples(NamedTuple):
-    """Sequences or images and their labels, in NumPy."""
-
-    # float32 (b t inputs), of images (b x y inputs); or uint8, of which 255 is read as 1.
-    inputs: np.ndarray
-    labels: np.ndarray  # int32 (b)
-    lengths: np.ndarray | None = None  # int32 (b), valid steps; None: all
 
 
 class ClassificationData(NamedTuple):
@@ -114,7 +106,7 @@ def train_classifier(
         one batch needs.
     """
     for name, examples in data._asdict().items():
-        _check(f"train_classifier: data.{name}", examples, config)
+        check_examples(f"train_classifier: data.{name}", examples, config)
     count = data.train.inputs.shape[0]
     if count < settings.batch:
         raise ValueError(
@@ -131,7 +123,7 @@ def train_classifier(
         shuffled = order.permutation(count)
         for i in range(steps_per_epoch):
             picked = shuffled[i * settings.batch : (i + 1) * settings.batch]
-            batch = jax.tree.map(lambda leaf, picked=picked: leaf[picked], data.train)
+            batch = data.train.rows(picked)
             key = jax.random.fold_in(dropout_key, epoch * steps_per_epoch + i)
             params, moments, value = step(params, moments, batch, key)
             losses.append(value)
@@ -158,7 +150,7 @@ def _trainer(
     @jax.jit
     def step(params: Any, moments: Any, batch: Examples, key: Array) -> tuple[Any, Any, Array]:
         def loss(params: Any) -> Array:
-            logits = nnx.merge(graph, params)(_numbers(batch.inputs), batch.lengths, key=key)
+            logits = nnx.merge(graph, params)(numbers(batch.inputs), batch.lengths, key=key)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return jnp.mean(losses)
 
@@ -169,13 +161,14 @@ def _trainer(
     return graph, start, step
 
 
-def _numbers(inputs: Array | np.ndarray) -> Array | np.ndarray:
+def numbers(inputs: Array | np.ndarray) -> Array | np.ndarray:
+    """Inputs as a model reads them: of bytes, shares of 255."""
     return inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
 
 
 @jax.jit
 def _predicted(model: Any, x: Examples, options: dict[str, Any]) -> Array:
-    return jnp.argmax(model(_numbers(x.inputs), x.lengths, **options), axis=-1)
+    return jnp.argmax(model(numbers(x.inputs), x.lengths, **options), axis=-1)
 
 
 def accuracy(model: Any, examples: Examples, *, batch: int = 256, **options: Any) -> float:
@@ -189,13 +182,13 @@ def accuracy(model: Any, examples: Examples, *, batch: int = 256, **options: Any
     """
     right = 0
     for begin in range(0, examples.labels.shape[0], batch):
-        part = jax.tree.map(lambda leaf, begin=begin: leaf[begin : begin + batch], examples)
+        part = examples.rows(slice(begin, begin + batch))
         right += int(np.sum(np.asarray(_predicted(model, part, options)) == part.labels))
     return right / examples.labels.shape[0]
 
 
 def optimizer_for(
-    params: Any, settings: ClassificationSettings, steps: int
+    params: Any, settings: ClassificationSettings | ClassifierConfig, steps: int
 ) -> optax.GradientTransformation:
     """AdamW in two groups: state-space parameters and norms at their own rate without decay; the
     rest at the optimizer's, its matrices with decay.
@@ -225,7 +218,17 @@ def _is_state_space(path: Any) -> bool:
     return path[-1].key in STATE_SPACE_PARAMETERS or any(key.key == "norm" for key in path)
 
 
-def _check(name: str, examples: Examples, config: Any) -> None:
+def check_examples(name: str, examples: Examples, config: Any) -> None:
+    """Checks that examples fit a model.
+
+    Args:
+      name: of the examples, for the message.
+      examples: at least one.
+      config: of the model, see `train_classifier`.
+
+    Raises:
+      ValueError: they do not.
+    """
     inputs, labels, lengths = examples
     axes = getattr(config, "axes", ("t",))
     fits = inputs.ndim == len(axes) + 2 and inputs.shape[-1] == config.inputs

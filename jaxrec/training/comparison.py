@@ -1,33 +1,46 @@
-"""Language models side by side: the same data and settings, equal time of training."""
+"""Language models side by side: the same data and settings, equal time of training.
+
+A run ends when its time is over, not after so many steps, and its learning rate follows the share
+of the time that is over: how fast a model is decides how many steps it makes, and nothing else.
+"""
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
-import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxrec.models.protocol import LanguageModelConfig
+from jaxrec.training import sharding
 from jaxrec.training.config import OptimizerConfig, TrainConfig
-from jaxrec.training.loop import train
-from jaxrec.training.metrics import read
+from jaxrec.training.data import Batches, Data, load_data
+from jaxrec.training.evaluation import evaluate
+from jaxrec.training.loop import Meter, check_fits
+from jaxrec.training.progress import RunProgress
+from jaxrec.training.running import State
 from jaxrec.training.runs import versions
+from jaxrec.training.step import build_steps
 
-WARM = 5
-"""So many of the first steps are not timed."""
+PARTS = 10_000
+"""Into which the time of a run is divided: what its schedule counts, in the place of steps."""
 CONFIG = TrainConfig(
+    steps=PARTS,
     batch=8,
     time=256,
     log_every=5,
-    eval_every=0,
-    eval_batches=16,
-    save_every=0,
-    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05),
+    eval_batches=64,
+    optimizer=OptimizerConfig(
+        learning_rate=4e-3, warmup_steps=PARTS * 15 // 100, final_fraction=0.05
+    ),
 )
 """Of models of about a million parameters, for minutes on two CPU threads."""
 SMOKE = dataclasses.replace(CONFIG, batch=2, time=32, eval_batches=1)
@@ -51,10 +64,12 @@ def run_experiment(
         "--smoke", action="store_true", help="tiny models, a few steps, nothing written"
     )
     options = parser.parse_args()
+    before = os.getloadavg()[0]
     if options.smoke:
         results, curves = equal_time(small, SMOKE, 0, stream=sys.stderr)
     else:
         results, curves = equal_time(models, CONFIG, options.minutes, stream=sys.stderr)
+    results |= {"load_average": [round(before, 2), round(os.getloadavg()[0], 2)]}
     text = json.dumps(results | {"versions": versions()}, indent=2)
     if not options.smoke:
         (folder / "results.json").write_text(text + "\n")
@@ -68,50 +83,94 @@ def equal_time(
     minutes: float,
     *,
     stream: TextIO | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains every model for as many steps as fit into the same time on this machine.
+    """Trains every model for the same time on this machine, on one device.
 
     Args:
       models: by the names they are reported under.
-      config: of every run; its steps are not read.
-      minutes: of training, for each model, counted by the steps of a short run before; 0: two steps
+      config: of every run. Its steps, and those of its schedule, are parts of the time.
+      minutes: of training, for each model, without its first step, which compiles; 0: two steps
         each, to see that everything works.
       stream: where progress is shown; nowhere if None.
+      clock: seconds, increasing.
 
     Returns:
       What there is to report, and curves: by model, bits per byte in training, and the tokens and
       seconds of training until then. Nothing is kept on disk.
 
     Raises:
-      UserError: as of `loop.train`.
+      UserError: the data cannot be read or do not fit a model.
     """
+    data = load_data(config.data.source, config.data.tokenizer, config.data.valid_fraction)
     rows: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     for name, model in models.items():
-        steps = 2
-        if minutes:
-            steps = max(2, int(60 * minutes / _seconds_per_step(model, config, stream)))
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = train(
-                name,
-                model,
-                dataclasses.replace(config, steps=steps, name="run"),
-                runs=Path(folder),
-                stream=stream,
-            )
-            lines = read(outcome.run.folder / "metrics.jsonl")
-        if outcome.evaluation is None:
-            raise KeyboardInterrupt(outcome.stopped_by)
-        curves[name] = _curve(lines, config)
-        rows[name] = {
-            "parameters": sum(x.size for x in jax.tree.leaves(outcome.state["params"])),
-            "steps": steps,
-            "tokens": steps * config.batch * config.time,
-            "training_seconds": round(curves[name]["seconds"][-1], 1),
-            "bits_per_byte": round(next(iter(outcome.evaluation.bits_per_byte.values())), 4),
-        }
-    results = {"minutes_of_training": minutes, "models": rows, "data": outcome.data.provenance}
-    return results, curves
+        if stream is not None:
+            print(f"{name}:", file=stream, flush=True)
+        rows[name], curves[name] = _train(model, config, data, 60 * minutes, stream, clock)
+    return {"minutes_of_training": minutes, "models": rows, "data": data.provenance}, curves
+
+
+def _train(
+    model: LanguageModelConfig,
+    config: TrainConfig,
+    data: Data,
+    seconds: float,
+    stream: TextIO | None,
+    clock: Callable[[], float],
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What one model comes to in its time, and its curve."""
+    check_fits(model, config, data)
+    mesh = sharding.build_mesh("data=1")
+    steps = build_steps(model, config, mesh)
+    batches = Batches(data.train, batch=config.batch, time=config.time, seed=config.seed)
+    meter = Meter(model, config, data, mesh.size)
+    curve: dict[str, list[float]] = {"tokens": [], "seconds": [], "bits_per_byte": []}
+    state, step, spent, begun, worked = steps.init(), 0, 0.0, 0.0, 0.0
+    with RunProgress(config.steps, stream=stream) as progress:
+        while spent < seconds or step < 2:
+            part = int(config.steps * spent / seconds) if seconds else 0
+            depth = model.sample_depth(np.random.default_rng((config.seed, step)))
+            batch = sharding.put_batch(batches(step), mesh)
+            state, metrics = steps.train(_at(state, part), batch, jnp.int32(depth or 0))
+            numbers = jax.device_get(metrics)  # waits for the step
+            step += 1
+            if step == 1:
+                begun, worked = clock(), time.process_time()
+                continue
+            lap, spent = spent, clock() - begun
+            meter.add(depth, numbers, spent - lap)
+            if step % config.log_every == 0 or not spent < seconds:
+                line = meter.flush()
+                curve["tokens"].append(step * config.batch * config.time)
+                curve["seconds"].append(spent)
+                curve["bits_per_byte"].append(line["bits_per_byte"])
+                shown = {name: line[name] for name in ("loss", "bits_per_byte")}
+                progress.update(part, **shown, tokens_per_second=line["tokens_per_second"])
+    found = evaluate(steps, state["params"], model, config, data, mesh, batches=config.eval_batches)
+    row = {
+        "parameters": sum(x.size for x in jax.tree.leaves(state["params"])),
+        "steps": step,
+        "tokens": step * config.batch * config.time,
+        "training_seconds": round(spent, 1),
+        # Of all threads; where models differ in it, other work took the machine from some of them.
+        "processor_seconds": round(worked, 1),
+        "bits_per_byte": round(next(iter(found.bits_per_byte.values())), 4),
+    }
+    return row, curve
+
+
+def _at(state: State, part: int) -> State:
+    """The state of a run whose schedule is at this part of its time."""
+
+    def is_place(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def moved(x: Any) -> Any:
+        return x._replace(count=jnp.asarray(part, x.count.dtype)) if is_place(x) else x
+
+    return state | {"opt_state": jax.tree.map(moved, state["opt_state"], is_leaf=is_place)}
 
 
 def plot_equal_time(curves: Mapping[str, Any], target: Path) -> None:
@@ -132,28 +191,3 @@ def plot_equal_time(curves: Mapping[str, Any], target: Path) -> None:
     figure.axes[0].set(ylabel="bits per byte in training", ylim=(1.8, 5))
     figure.axes[0].legend(frameon=False)
     figure.savefig(target, dpi=80)
-
-
-def _seconds_per_step(
-    model: LanguageModelConfig, config: TrainConfig, stream: TextIO | None
-) -> float:
-    """The median over a short run, without its first steps."""
-    short = dataclasses.replace(config, steps=20, log_every=1, eval_batches=1, name="short")
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = train("short", model, short, runs=Path(folder), stream=stream)
-        lines = read(outcome.run.folder / "metrics.jsonl")
-    speeds = [line["tokens_per_second"] for line in lines if line["kind"] == "train"][WARM:]
-    return config.batch * config.time / float(np.median(speeds))
-
-
-def _curve(lines: list[dict[str, Any]], config: TrainConfig) -> dict[str, list[float]]:
-    training = [line for line in lines if line["kind"] == "train"]
-    steps = np.array([line["step"] for line in training])
-    tokens = steps * config.batch * config.time
-    speeds = np.array([line["tokens_per_second"] for line in training])
-    seconds = np.cumsum(np.diff(tokens, prepend=0) / speeds)
-    return {
-        "tokens": tokens.tolist(),
-        "seconds": seconds.tolist(),
-        "bits_per_byte": [line["bits_per_byte"] for line in training],
-    }

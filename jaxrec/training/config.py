@@ -297,6 +297,65 @@ class PuzzleConfig(RunConfig):
         _at_least("puzzle_decay", self.puzzle_decay, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """The labelled sequences a run learns from."""
+
+    source: str = "digits"
+    """digits, the 8 x 8 images that ship with scikit-learn as 64 numbers in a row (extra
+    experiments); digits-permuted, these in a fixed random order; or an .npz file of inputs (b t
+    features) and labels (b), lengths (b) if they differ, and valid_inputs and so on if some are to
+    be held out by name."""
+    rate: float = 1.0
+    """Samples per pixel of digits, > 0, joined by straight lines: 0.5 takes every second one."""
+    valid_fraction: float = 0.2
+    """Share of the examples that is held out, in (0, 0.5], where the file does not say which."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UserError("data.source is empty; expected a name or a file.")
+        _positive("data.rate", self.rate)
+        if not 0 < self.valid_fraction <= 0.5:
+            raise UserError(f"data.valid_fraction must lie in (0, 0.5]; got {self.valid_fraction}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(RunConfig):
+    """One training run of a classifier of sequences. A step is one update of the parameters; the
+    defaults suit a small model on the digits.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "state_space_rate")
+
+    batch: int = 64
+    """Sequences per step over all devices, >= 1."""
+    steps: int = 500
+    """Length of the run in steps, >= 1."""
+    state_space_rate: float = 2e-3
+    """Peak learning rate of the state-space parameters and norms, which do not decay, > 0; its
+    schedule is the optimizer's."""
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=8e-3,
+            beta2=0.999,
+            weight_decay=0.05,
+            clip_norm=None,
+            warmup_steps=20,
+            final_fraction=0.0,
+        )
+    )
+    """AdamW, for all other parameters, and the schedule."""
+    data: ExamplesConfig = dataclasses.field(default_factory=ExamplesConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("state_space_rate", self.state_space_rate)
+        if self.optimizer.name != "adamw":
+            raise UserError(
+                f"optimizer.name of a classifier must be adamw; got {self.optimizer.name}."
+            )
+
+
 def _one_of(name: str, value: str, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:

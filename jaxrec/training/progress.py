@@ -51,6 +51,8 @@ class RunProgress:
         tokens_per_second: float | None = None,
         solved: float | None = None,
         puzzles_per_second: float | None = None,
+        accuracy: float | None = None,
+        examples_per_second: float | None = None,
     ) -> None:
         """Shows how far the run is.
 
@@ -61,6 +63,8 @@ class RunProgress:
           tokens_per_second: training speed.
           solved: share of the puzzles that have halted.
           puzzles_per_second: training speed, a segment each.
+          accuracy: share of the examples that are classified right.
+          examples_per_second: training speed.
         """
         parts = [f"step {step}/{self._steps}"]
         if loss is not None:
@@ -73,6 +77,10 @@ class RunProgress:
             parts.append(f"{solved:.1%} solved")
         if puzzles_per_second is not None:
             parts.append(f"{_count(puzzles_per_second)} puzzles/s")
+        if accuracy is not None:
+            parts.append(f"{accuracy:.1%} right")
+        if examples_per_second is not None:
+            parts.append(f"{_count(examples_per_second)} examples/s")
         if step > self._start:
             pace = (self._clock() - self._begin) / (step - self._start)
             parts.append(f"{_duration(pace * (self._steps - step))} left")

@@ -27,8 +27,9 @@ import jaxrec
 from jaxrec.config import from_dict, load_object, read_json, to_dict
 from jaxrec.errors import UserError
 from jaxrec.models.hrm import HRMConfig
+from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 from jaxrec.training.checkpoint import Checkpoints
-from jaxrec.training.config import PuzzleConfig, RunConfig, TrainConfig
+from jaxrec.training.config import ClassifierConfig, PuzzleConfig, RunConfig, TrainConfig
 from jaxrec.training.data import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUN_LAYOUT = 1
@@ -43,7 +44,7 @@ class Run:
 
     folder: Path
     model_path: str  # such as "jaxrec.models.huginn:TINY", from which the run was launched
-    model_config: Any  # of a language model, or of a solver of puzzles
+    model_config: Any  # of a language model, a solver of puzzles or a classifier of sequences
     config: Any  # of the kind that `config_class` says
     data: dict[str, Any]  # provenance
 
@@ -74,6 +75,8 @@ class Run:
 
 def config_class(model_config: Any) -> type[RunConfig]:
     """What a run of such a model is configured by."""
+    if isinstance(model_config, SequenceClassifierConfig):
+        return ClassifierConfig
     return PuzzleConfig if isinstance(model_config, HRMConfig) else TrainConfig
 
 
@@ -205,6 +208,11 @@ def load_model(folder: Path, *, step: int | None = None, ema: bool = False) -> L
         raise UserError(
             f"{folder} is the run of a solver of puzzles, which reads no text;"
             f" `jaxrec eval {folder} --show` lets it solve one."
+        )
+    if isinstance(run.config, ClassifierConfig):
+        raise UserError(
+            f"{folder} is the run of a classifier, which reads no text; `jaxrec eval {folder}` says"
+            " how often it is right."
         )
     tokenizer = load_tokenizer(tokenizer_of(run))
     model, step = trained_model(run, step=step, ema=ema)

@@ -4,7 +4,9 @@ lost."""
 import errno
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from jaxrec.cli.main import COMMANDS, main, program
 from jaxrec.cli.train import command_line, parse
 from jaxrec.models import huginn, linear_rnn
 from jaxrec.training.loop import train
+from tests.training.commands import PATIENCE, started, train_words, wait_for_lines
 from tests.training.small import HUGINN, LINEAR_RNN, model_options, run_config, write_text
 
 MODEL = "jaxrec.models.linear_rnn:TINY"
@@ -240,9 +243,9 @@ def test_list_names_every_model(capsys):
     assert rows["jaxrec.models.huginn:HUGINN_3_5B"]["conversion"]
     assert rows["jaxrec.models.linear_rnn:TINY"]["parameters"] is None
     assert rows["jaxrec.models.sequence_classifier:LRA_IMAGE"]["experiment"]
-    kinds = ("huginn:TINY", "hrm:SUDOKU_4X4", "sequence_classifier:LRA_IMAGE")
+    kinds = ("huginn:TINY", "hrm:SUDOKU_4X4", "sequence_classifier:LRA_IMAGE", "vit:VIT_T")
     trains_on = [rows[f"jaxrec.models.{kind}"]["trains_on"] for kind in kinds]
-    assert trains_on == ["text", "puzzles", None]
+    assert trains_on == ["text", "puzzles", "sequences", None]
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "jaxrec.models.huginn:TINY" in shown
@@ -316,3 +319,18 @@ def test_fewer_steps_than_were_made_are_refused(capsys, text, trained):
     assert "there is no run" in refused(capsys, *start, "--resume", "--name", "typo")
     assert not (trained.parent / "typo").exists()
     assert "another model" in refused(capsys, *start, "--model.mlp-width", "32")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_so_and_is_no_failure(kind, text, tmp_path):
+    """Through the command line, in a process of its own."""
+    config = run_config(text, steps=100_000, save_every=0)
+    log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
+    with started(train_words(MODEL, LINEAR_RNN, config, tmp_path), log=log) as child:
+        wait_for_lines(metrics, 2, child)
+        child.send_signal(kind)
+        assert child.wait(timeout=PATIENCE) == 0
+    said = log.read_text()
+    (saved,) = re.findall(rf"^{kind.name}: saved step (\d+) in {tmp_path / 'run'}", said, re.M)
+    assert (tmp_path / "run" / "checkpoints" / saved).is_dir()
+    assert "Go on with:" in said and "--steps 100000" in said

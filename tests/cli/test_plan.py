@@ -61,7 +61,10 @@ def test_more_devices_than_there_are(capfd):
     [
         (f"{SMALL} --card H10", "--card: 'H10' is unknown. Did you mean H100?"),
         (f"{SMALL} --mesh data=3", "8 sequences per batch"),
-        ("jaxrec.models.hrm:SUDOKU_4X4", "solves puzzles; plans are made for language models"),
+        (
+            "jaxrec.models.hrm:SUDOKU_4X4",
+            "is no language model; plans are made",
+        ),
         ("--mesh data=2", "MODEL comes first: jaxrec plan"),
     ],
 )

@@ -62,6 +62,8 @@ def test_bad_input_is_refused():
         LSSLConfig(width=3, state=4, dt_min=-1.0)
     with pytest.raises(ValueError, match=r"step_rescale must be > 0, got -2"):
         layer(x, step_rescale=-2)
+    with pytest.raises(ValueError, match=r"one number, got shape \(2, 9\)\. .* are for S5"):
+        layer(x, step_rescale=np.ones((2, 9), np.float32))
     with pytest.raises(ValueError, match=r"needs a state of shape \(2, 3, 4\), got \(1, 3, 4\)"):
         layer(x, layer.init_state(1))
     with pytest.raises(ValueError, match=r"method 'conv' begins at zero and knows no resets"):

@@ -41,6 +41,8 @@ def test_bad_input_is_refused():
         S4DConfig(width=3, dt_min=0.1, dt_max=0.01)
     with pytest.raises(ValueError, match=r"step_rescale must be > 0, got 0"):
         layer(x, step_rescale=0)
+    with pytest.raises(ValueError, match=r"one number, got shape \(2, 9\)\. .* are for S5"):
+        layer(x, step_rescale=np.ones((2, 9), np.float32))
     with pytest.raises(ValueError, match=r"needs a state of shape \(2, 3, 3\), got \(4, 3, 3\)"):
         layer(x, layer.init_state(4))
     for options in ({"state": layer.init_state(2)}, {"reset": np.zeros((2, 9), bool)}):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.s5 import S5Config
+from jaxrec.layers.ssm import stability
 from jaxrec.ops import hippo
 from jaxrec.testing import assert_close
 from tests import references
@@ -113,6 +114,81 @@ def test_a_state_after_padding_is_zero():
     assert not np.any(state[0]) and np.any(state[1])
 
 
+def of_unequal_steps(params, x, intervals, reset, conj_sym, bidirectional):
+    """Every step has a system of its own; a loop in float64."""
+    eigenvalues = params["eigenvalue_real"] + 1j * params["eigenvalue_imag"]
+    b, c, back = (
+        params[f"{name}_real"] + 1j * params[f"{name}_imag"]
+        for name in ("input", "output", *(["reverse_output"] if bidirectional else ["output"]))
+    )
+    y = params["skip"] * x
+    for matrix, times in ((c, range(x.shape[1])), (back, range(x.shape[1])[::-1])):
+        if matrix is back and not bidirectional:
+            break
+        state = np.zeros((len(x), len(eigenvalues)), complex)
+        for t in times:
+            if times.step > 0:
+                state[reset[:, t]] = 0
+            elif t + 1 < x.shape[1]:
+                state[reset[:, t + 1]] = 0
+            z = eigenvalues * np.exp(params["log_step"]) * intervals[:, t, None]
+            state = np.exp(z) * state + np.expm1(z) / eigenvalues * (x[:, t] @ b.T)
+            y[:, t] += (2 if conj_sym else 1) * (state @ matrix.T).real
+    return y
+
+
+@pytest.mark.parametrize("conj_sym, bidirectional", [(True, False), (False, True)])
+def test_samples_at_unequal_intervals_equal_the_loop(conj_sym, bidirectional):
+    layer = build(
+        S5Config(width=3, state=4, blocks=2, conj_sym=conj_sym, bidirectional=bidirectional)
+    )
+    rng = np.random.default_rng(1)
+    intervals = np.exp(rng.normal(size=(2, 7))).astype(np.float32)
+    reset = rng.random((2, 7)) < 0.2
+    y, state = run(layer, signal(), step_rescale=intervals, reset=reset)
+    options = (intervals, reset, conj_sym, bidirectional)
+    want = of_unequal_steps(parameters(layer), signal().astype(np.float64), *options)
+    assert_close(y, want, rtol=2e-6)
+    ones = run(layer, signal(), step_rescale=np.full((2, 7), 2, np.float32))[0]
+    assert_close(ones, run(layer, signal(), step_rescale=2.0)[0], rtol=2e-6)
+    if bidirectional:
+        return
+    stream, parts = layer.init_state(2), []
+    for t in range(7):
+        part, stream = run(
+            layer,
+            signal()[:, t : t + 1],
+            state=stream,
+            step_rescale=intervals[:, t : t + 1],
+            reset=reset[:, t : t + 1],
+        )
+        parts.append(part)
+    assert_close(np.concatenate(parts, axis=1), y, rtol=2e-6)
+    assert_close(stream, state, rtol=2e-6)
+    gradient = jax.grad(lambda steps: jnp.sum(layer(signal(), step_rescale=steps)[0] ** 2))
+    assert np.all(gradient(jnp.asarray(intervals)) != 0)
+
+
+def test_intervals_of_padding_do_not_matter(bidirectional):
+    valid = np.arange(7)[None] < np.array([[4], [6]])
+    intervals = np.full((2, 7), 1.5, np.float32)
+    want, _ = run(bidirectional, signal(), valid=valid, step_rescale=intervals)
+    wild = np.where(valid, intervals, np.float32(np.nan))
+    got, _ = run(bidirectional, signal(), valid=valid, step_rescale=wild)
+    np.testing.assert_array_equal(got[valid], want[valid])
+
+
+def test_all_eigenvalues_in_both_directions_equal_the_loop():
+    """Without conjugate symmetry nothing is doubled."""
+    layer = build(dataclasses.replace(BIDIRECTIONAL, conj_sym=False, discretization="bilinear"))
+    params, x = parameters(layer), signal().astype(np.float64)
+    options = (np.zeros((2, 4), complex), np.zeros((2, 7), bool), "bilinear", False)
+    forward, _ = references.s5(params, x, *options)
+    backward = params | {f"output_{p}": params[f"reverse_output_{p}"] for p in ("real", "imag")}
+    mirrored, _ = references.s5(backward | {"skip": np.zeros(3)}, x[:, ::-1], *options)
+    assert_close(run(layer, signal())[0], forward + mirrored[:, ::-1], rtol=2e-6)
+
+
 def without_skip(layer):
     layer.skip = nnx.Param(jnp.zeros_like(layer.skip[...]), axes=("embed",))
     return layer
@@ -145,6 +221,7 @@ def test_clipped_eigenvalues_are_stable():
         layer.eigenvalue_real = nnx.Param(jnp.array([0.5, -0.5]), axes=("state",))
         decay, _ = layer.discretized()
         assert bool(np.all(np.abs(decay) < 1)) == clip
+        assert bool(stability(layer.largest_decay())["unstable"]) != clip
 
 
 @pytest.mark.parametrize(
@@ -173,6 +250,10 @@ def test_bad_input_is_refused(bidirectional):
         S5Config(width=2, state=2, dt_min=0.0)
     with pytest.raises(ValueError, match=r"step_rescale must be > 0, got -1\.0"):
         bidirectional(signal(), step_rescale=-1.0)
+    with pytest.raises(ValueError, match=r"one number or \(b t\) = \(2, 7\), got shape \(7,\)"):
+        bidirectional(signal(), step_rescale=np.ones(7))
+    with pytest.raises(ValueError, match=r"step_rescale must be > 0, got 0\.0"):
+        bidirectional(signal(), step_rescale=np.zeros((2, 7)))
     with pytest.raises(ValueError, match=r"has no state to stream from"):
         bidirectional.init_state(2)
     with pytest.raises(ValueError, match=r"a bidirectional layer cannot stream"):

@@ -24,6 +24,7 @@ from jaxrec.models import (
     prefix_linear,
     recurrentgemma,
     rwkv,
+    ssm,
     xlstm,
 )
 from jaxrec.models.protocol import LanguageModelConfig, loop_inputs
@@ -63,6 +64,9 @@ CONFIGS = [
     rwkv.TINY,
     rwkv.SMALL,
     rwkv.RWKV_14B,
+    ssm.TINY_S5,
+    ssm.TINY_S4D,
+    ssm.TINY_LSSL,
     xlstm.TINY,
     xlstm.SMALL,
     xlstm.XLSTM_7B,
@@ -70,7 +74,7 @@ CONFIGS = [
 
 
 def named(config):
-    kind = [getattr(config, field) for field in ("rule", "gate") if hasattr(config, field)]
+    kind = [getattr(config, field) for field in ("rule", "gate", "kind") if hasattr(config, field)]
     return " ".join([type(config).__name__, *kind, str(config.width)])
 
 

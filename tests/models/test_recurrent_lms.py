@@ -21,6 +21,7 @@ from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
 from jaxrec.models.rnn import RNNConfig
 from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.ssm import SSMConfig
 from jaxrec.models.universal_transformer import UniversalTransformerConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from tests.laws import equations
@@ -40,6 +41,7 @@ LINEAR_ATTENTION = LinearAttentionConfig(
 )
 RETNET = {"gate": "constant", "rotary_base": 100.0}
 GATED_DELTANET = {"rule": "delta", "gate": "step", "conv_width": 4}
+S5 = SSMConfig(vocab_size=13, width=16, state_size=4, layers=2, mlp_width=24, context=32)
 PARA_GRU = ParaRNNLMConfig(vocab_size=13, width=16, layers=2, heads=2, mlp_width=24)
 CONFIGS = [
     dataclasses.replace(LINEAR_ATTENTION, **RETNET),
@@ -75,6 +77,9 @@ CONFIGS = [
     ),
     RNNConfig(vocab_size=13, width=16, layers=2, mlp_width=24),
     RWKVConfig(vocab_size=13, width=16, layers=2, inner_width=12, mlp_width=24),
+    S5,
+    dataclasses.replace(S5, kind="s4d"),
+    dataclasses.replace(S5, kind="lssl"),
     UniversalTransformerConfig(
         vocab_size=13,
         width=16,
@@ -102,7 +107,11 @@ TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11), dtype=np.int32)
 
 
 def named(config):
-    kind = [getattr(config, field) for field in ("rule", "gate", "cell") if hasattr(config, field)]
+    kind = [
+        getattr(config, field)
+        for field in ("rule", "gate", "cell", "kind")
+        if hasattr(config, field)
+    ]
     return " ".join([type(config).__name__, *kind])
 
 
@@ -164,8 +173,8 @@ def test_the_state_keeps_its_size_and_is_float32(config, model):
     start = model.init_state(2, capacity=1000)
     _, state = jax.eval_shape(lambda model, tokens: model(tokens, start), model, TOKENS)
     assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, state)
-    integers = (jnp.int32, jnp.bool_)
-    assert all(leaf.dtype in (jnp.float32, *integers) for leaf in jax.tree.leaves(state))
+    others = (jnp.complex64, jnp.int32, jnp.bool_)  # complex64 is two float32
+    assert all(leaf.dtype in (jnp.float32, *others) for leaf in jax.tree.leaves(state))
 
 
 @configs

@@ -15,9 +15,12 @@ from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models.sequence_classifier import (
     LRA_IMAGE,
+    LRA_LISTOPS,
     LRA_PATH_X,
     LRA_PATHFINDER,
+    LRA_TEXT,
     SPEECH_COMMANDS,
+    MambaMixerConfig,
     SequenceClassifierConfig,
 )
 from jaxrec.testing import assert_close
@@ -27,6 +30,7 @@ MIXERS = {
     "s5": S5Config(width=6, state=4, clip_eigs=True),
     "s4d": S4DConfig(width=6, state=4),
     "lssl": LSSLConfig(width=6, state=4, outputs=2, train_transition=True),
+    "mamba": MambaMixerConfig(width=6, inner_width=8, step_rank=2, state_size=3),
     "rglru": RGLRUConfig(width=6, heads=2),
 }
 
@@ -59,6 +63,10 @@ def mixed(params, x, config):
         zeros = np.zeros((batch, mixer.width, mixer.state))
         y, _ = references.lssl(params, x, zeros, reset, 0.5)
         return y.reshape(*x.shape[:2], -1)
+    if isinstance(mixer, MambaMixerConfig):
+        window = np.zeros((batch, mixer.conv_width - 1, mixer.inner_width))
+        h = np.zeros((batch, mixer.inner_width, mixer.state_size))
+        return references.mamba_mixer(params, x, window, h, reset)[0]
     reset[:, 0] = True
     return references.rglru(params, x, np.zeros((batch, mixer.width)), reset)[0]
 
@@ -95,6 +103,7 @@ def classify(params, x, config):
         ("s4d", {"activation": "gelu"}),
         ("lssl", {"activation": "gelu", "prenorm": False}),
         ("lssl", {"activation": "full_glu"}),
+        ("mamba", {"activation": "full_glu"}),
         ("rglru", {}),
     ],
     ids=str,
@@ -150,10 +159,25 @@ def test_the_rate_reaches_the_mixer(name):
     assert np.any(run(model, signal(), step_rescale=2.0) != run(model, signal()))
 
 
-def test_the_published_sizes_can_be_built():
-    for config in (LRA_IMAGE, LRA_PATHFINDER, LRA_PATH_X, SPEECH_COMMANDS):
-        model = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
-        assert model.blocks.mixer.input_real.shape[:2] == (6, config.mixer.state)
+@pytest.mark.parametrize(
+    "config, layers, h, p, j, init, activation, dropout",
+    [
+        (LRA_LISTOPS, 8, 128, 16, 8, "lecun_normal", "half_glu2", 0.0),
+        (LRA_TEXT, 6, 256, 192, 12, "lecun_normal", "half_glu2", 0.1),
+        (LRA_IMAGE, 6, 512, 384, 3, "lecun_normal", "half_glu1", 0.1),
+        (LRA_PATHFINDER, 6, 192, 256, 8, "trunc_standard_normal", "half_glu1", 0.05),
+        (LRA_PATH_X, 6, 128, 256, 16, "complex_normal", "half_glu1", 0.0),
+        (SPEECH_COMMANDS, 6, 96, 128, 16, "lecun_normal", "half_glu1", 0.1),
+    ],
+)
+def test_the_published_sizes(config, layers, h, p, j, init, activation, dropout):
+    """H features, P eigenvalues with both of each pair, J blocks: the table of S5's appendix."""
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    assert model.blocks.mixer.input_real.shape == (layers, p // 2, h)
+    assert model.blocks.mixer.reverse_output_real.shape == (layers, h, p // 2)
+    mixer = config.mixer
+    assert (mixer.full_state, mixer.blocks, mixer.output_init) == (p, j, init)
+    assert (config.activation, config.dropout) == (activation, dropout)
 
 
 def test_bad_configurations_are_refused():

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from jaxrec.ops import hippo
-from jaxrec.ops.discretize import discretize_diagonal, generalised_bilinear, is_stable
+from jaxrec.ops.discretize import (
+    discretize_diagonal,
+    generalised_bilinear,
+    is_stable,
+    largest_decay,
+)
 from jaxrec.testing import assert_close
 
 METHODS = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}
@@ -86,6 +91,25 @@ def test_a_dense_system_that_grows_is_reported_and_not_refused():
     bilinear, _ = generalised_bilinear(a, b, jnp.array([0.01, 1.0]), 0.5)
     np.testing.assert_array_equal(is_stable(euler, dense=True), [True, False])
     np.testing.assert_array_equal(is_stable(bilinear, dense=True), [True, True])
+
+
+def test_the_largest_decay_of_a_matrix_is_its_largest_eigenvalue():
+    """Of matrices far from normal too, and of a rotation, which is on the circle."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(x, jnp.float32) for x in hippo.legs(16))
+    steps = jnp.array([1e-3, 0.03, 0.5])
+    bars = [generalised_bilinear(a, b, steps, alpha)[0] for alpha in (0.0, 0.5)]
+    drawn = jnp.asarray(rng.normal(size=(5, 16, 16)), jnp.float32)
+    turn = jnp.asarray(np.linalg.qr(rng.normal(size=(1, 16, 16)))[0], jnp.float32)
+    for matrices in (*bars, drawn, turn):
+        wide = np.asarray(matrices, np.float64)
+        want = np.max(np.abs(np.linalg.eigvals(wide)), axis=-1)
+        got = jax.jit(lambda x: largest_decay(x, dense=True))(matrices)
+        # Rounding moves the eigenvalues of LegS as it moves those that NumPy finds in float32.
+        np.testing.assert_allclose(got, want, rtol=2e-5)
+    assert bool(is_stable(turn, dense=True)[0])
+    assert not largest_decay(jnp.zeros((1, 2, 2)), dense=True)[0] > 1e-30
+    np.testing.assert_allclose(largest_decay(jnp.array([0.5 + 0.5j, -0.9])), 0.9, rtol=1e-6)
 
 
 def test_bad_arguments_are_refused():

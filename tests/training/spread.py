@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from jaxrec import models
+from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models import graph_classifier, hrm, plstm, universal_transformer
 from jaxrec.models.plstm_vision import vision_config
@@ -271,6 +272,7 @@ GRAPHS = graph_classifier.GraphClassifierConfig(features=3, classes=2, width=32,
 CLASSIFIER = SequenceClassifierConfig(
     inputs=2, classes=4, mixer=S5Config(width=32, state=8), layers=2
 )
+S4D_CLASSIFIER = dataclasses.replace(CLASSIFIER, mixer=S4DConfig(width=32, state=8))
 TRANSLATOR = smaller(
     universal_transformer.adaptive(universal_transformer.UT_TINY),
 )
@@ -292,5 +294,6 @@ OTHERS = [
         graphs,
     ),
     _plain("sequence_classifier", "S5", CLASSIFIER, of_sequences, sequences),
+    _plain("sequence_classifier", "S4D", S4D_CLASSIFIER, of_sequences, sequences),
     _plain("universal_transformer", "UT_TINY", TRANSLATOR, of_translation, translations),
 ]

@@ -1,77 +1,71 @@
-"""Models trained for equal time: how many steps each is given, and what is reported."""
+"""Models trained for equal time: a clock of one second per look says when each ends."""
 
-import json
-from types import SimpleNamespace
+import itertools
 
+import jax
 import numpy as np
+import optax
 import pytest
 
-from jaxrec.training import comparison
-from jaxrec.training.config import TrainConfig
+from jaxrec.training import comparison, sharding
+from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.step import build_steps
+from tests.training.small import LINEAR_RNN, run_config, write_text
 
-SPEED = {"slow": 100.0, "fast": 400.0, "stopped": 1.0}  # tokens per second
+
+def ticking(seconds):
+    """So many seconds pass from one look to the next."""
+    return itertools.count(0, seconds).__next__
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """In place of training: runs that read at a known speed, and the steps asked for."""
-    asked = []
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    text = write_text(tmp_path_factory.mktemp("data") / "text")
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=100, final_fraction=0.0)
+    return run_config(text, steps=1000, batch=2, log_every=2, optimizer=optimizer)
 
-    def train(name, model, config, *, runs, stream):
-        asked.append((name, model, config.steps))
-        folder = runs / "run"
-        folder.mkdir()
-        lines = [
-            {
-                "kind": "train",
-                "step": step,
-                "tokens_per_second": SPEED[model],
-                "bits_per_byte": 8.0 / step,
-            }
-            for step in range(config.log_every, config.steps + 1, config.log_every)
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        return SimpleNamespace(
-            run=SimpleNamespace(folder=folder),
-            evaluation=None if model == "stopped" else SimpleNamespace(bits_per_byte={1: 2.5}),
-            state={"params": {"w": np.zeros((3, 4))}},
-            data=SimpleNamespace(provenance={"source": "toy"}),
-            stopped_by="SIGINT",
+
+def compared(config, minutes, clock):
+    return comparison.equal_time({"A": LINEAR_RNN}, config, minutes, clock=clock)
+
+
+def test_a_run_ends_when_its_time_is_over(config):
+    """Whose first step is not counted: at 0.7 seconds a step nine more are begun within 6."""
+    results, curves = compared(config, 0.1, ticking(0.7))
+    row = results["models"]["A"]
+    assert (row["steps"], row["tokens"], row["training_seconds"]) == (10, 320, 6.3)
+    assert row["parameters"] > 1000 and 0 < row["bits_per_byte"] < 10
+    assert results["data"]["source"] == config.data.source
+    assert curves["A"]["tokens"] == [64, 128, 192, 256, 320]
+    np.testing.assert_allclose(curves["A"]["seconds"], [0.7, 2.1, 3.5, 4.9, 6.3])
+    assert len(curves["A"]["bits_per_byte"]) == 5
+    assert row["processor_seconds"] > 0
+    again, curve = compared(config, 0.1, ticking(0.7))
+    assert (again["models"]["A"]["bits_per_byte"], curve) == (row["bits_per_byte"], curves)
+    faster, _ = compared(config, 0.1, ticking(0.5))
+    assert faster["models"]["A"]["steps"] == 13
+
+
+def test_the_schedule_follows_the_share_of_time(config):
+    """An update of Adam is as large as the rate: that of the part, whatever the step."""
+    steps = build_steps(LINEAR_RNN, config, sharding.build_mesh("data=1"))
+    state = comparison._at(steps.init(), 750)
+    places = [
+        leaf.count
+        for leaf in jax.tree.leaves(
+            state["opt_state"], is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
         )
-
-    monkeypatch.setattr(comparison, "train", train)
-    return asked
-
-
-CONFIG = TrainConfig(batch=2, time=50, log_every=2)
+        if isinstance(leaf, optax.ScaleByScheduleState)
+    ]
+    assert [int(place) for place in places] == [750]
 
 
-def test_each_model_gets_the_steps_that_fit_into_the_time(asked):
-    results, curves = comparison.equal_time({"A": "slow", "B": "fast"}, CONFIG, 0.5)
-    # 100 tokens a step: 1 and 1/4 second.
-    assert [(name, steps) for name, _, steps in asked if name != "short"] == [("A", 30), ("B", 120)]
-    assert results["models"]["B"] == {
-        "parameters": 12,
-        "steps": 120,
-        "tokens": 12000,
-        "training_seconds": 30.0,
-        "bits_per_byte": 2.5,
-    }
-    assert results["data"] == {"source": "toy"}
-    assert curves["A"]["tokens"][:2] == [200, 400] and curves["A"]["seconds"][:2] == [2.0, 4.0]
+def test_no_time_is_two_steps(config):
+    results, curves = compared(config, 0, ticking(1.0))
+    assert results["models"]["A"]["steps"] == 2 and len(curves["A"]["tokens"]) == 1
 
 
-def test_no_time_is_two_steps(asked):
-    comparison.equal_time({"A": "slow"}, CONFIG, 0)
-    assert asked == [("A", "slow", 2)]
-
-
-def test_a_stopped_run_stops_the_comparison(asked):
-    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
-        comparison.equal_time({"A": "stopped"}, CONFIG, 0)
-
-
-def test_the_curves_are_drawn(asked, tmp_path):
-    _, curves = comparison.equal_time({"A": "slow", "B": "fast"}, CONFIG, 0.5)
-    comparison.plot_equal_time(curves, tmp_path / "curves.png")
+def test_the_curves_are_drawn(tmp_path):
+    curve = {"tokens": [10, 20], "seconds": [1.0, 2.0], "bits_per_byte": [4.0, 3.0]}
+    comparison.plot_equal_time({"A": curve, "B": curve}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

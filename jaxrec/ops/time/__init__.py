@@ -6,11 +6,13 @@ from jaxrec.ops.time.dags import Dag, DagBatch, DagShape, dag, dag_batch, shape_
 from jaxrec.ops.time.grid_rows import GridGates
 from jaxrec.ops.time.grid_scan import gating_tensor, grid_scan
 from jaxrec.ops.time.lti import (
+    dense_conv,
     dense_scan,
     diagonal_kernel,
     diagonal_last_state,
     fft_conv,
     krylov,
+    sharded_dense_conv,
 )
 from jaxrec.ops.time.mark_scan import mark_scan
 from jaxrec.ops.time.matrix_scan import matrix_scan
@@ -35,6 +37,7 @@ __all__ = [
     "dag",
     "dag_batch",
     "dag_scan",
+    "dense_conv",
     "dense_scan",
     "diagonal_kernel",
     "diagonal_last_state",
@@ -51,6 +54,7 @@ __all__ = [
     "running_max",
     "selective_scan",
     "shape_of",
+    "sharded_dense_conv",
     "sharded_linear_scan",
     "sharded_running_max",
     "sharded_matrix_scan",

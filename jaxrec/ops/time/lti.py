@@ -13,8 +13,10 @@ diagonal state space models (2022), arXiv:2206.11893, section 3.2.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 # Accelerators multiply float32 with fewer digits unless told; powers would gather that error.
 EXACT = lax.Precision.HIGHEST
@@ -68,6 +70,61 @@ def krylov(a_bar: Array, b_bar: Array, length: int) -> Array:
         if columns.shape[-1] < length:
             power = jnp.matmul(power, power, precision=EXACT)
     return columns[..., :length]
+
+
+def dense_conv(a_bar: Array, b_bar: Array, c: Array, u: Array) -> tuple[Array, Array]:
+    """The convolutional view of dense systems that begin at zero.
+
+    Args:
+      a_bar: (d n n).
+      b_bar: (d n).
+      c: m outputs for each channel (d m n).
+      u: input (b t d), float32.
+
+    Returns:
+      y (b t d m), and the state after the last step (b d n).
+    """
+    columns = krylov(a_bar, b_bar, u.shape[1])
+    y = fft_conv(u[..., None], jnp.einsum("dmn,dnt->tdm", c, columns))
+    return y, jnp.einsum("dnt,btd->bdn", columns[..., ::-1], u)
+
+
+def sharded_dense_conv(
+    a_bar: Array, b_bar: Array, c: Array, u: Array, *, axis: str
+) -> tuple[Array, Array]:
+    """`dense_conv` over the devices of one axis of the current mesh, whose size divides t.
+
+    Every device convolves its own steps as if it began at zero. The states in which they end are
+    sent to all, (b d n) each; what enters a device is a sum of them, and adds C A_bar^(j+1) x to
+    its output. Arguments and results are those of `dense_conv`, time spread over the axis.
+    """
+
+    def run(a_bar: Array, b_bar: Array, c: Array, u: Array) -> tuple[Array, Array]:
+        time = u.shape[1]
+        y, alone = dense_conv(a_bar, b_bar, c, u)
+        # C, C A_bar, C A_bar^2 ... are the columns of the transposed system.
+        transposed = jnp.swapaxes(a_bar, -1, -2)
+        rows = jax.vmap(lambda row: krylov(transposed, row, time + 1), in_axes=1, out_axes=1)(c)
+        with jax.default_matmul_precision("highest"):
+            power = jnp.linalg.matrix_power(a_bar, time)
+
+        def step(x: Array, one: Array) -> tuple[Array, Array]:
+            return jnp.einsum("dnk,bdk->bdn", power, x, precision=EXACT) + one, x
+
+        every = lax.all_gather(alone, axis)
+        last, entering = lax.scan(step, jnp.zeros_like(alone), every)
+        enters = lax.dynamic_index_in_dim(entering, lax.axis_index(axis), keepdims=False)
+        return y + jnp.einsum("dmnt,bdn->btdm", rows[..., 1:], enters, precision=EXACT), last
+
+    over_time, everywhere = PartitionSpec(None, axis), PartitionSpec()
+    mapped = jax.shard_map(
+        run,
+        in_specs=(everywhere, everywhere, everywhere, over_time),
+        out_specs=(over_time, everywhere),
+        axis_names={axis},
+        check_vma=False,
+    )
+    return jax.jit(mapped)(a_bar, b_bar, c, u)  # see `sharded._on_devices`
 
 
 def dense_scan(
