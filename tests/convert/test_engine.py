@@ -284,8 +284,16 @@ def test_configurations_that_do_not_fit_are_named(folder, fields, message):
         convert.load("huginn", folder)
 
 
-def test_the_vocabulary_may_be_padded_and_private_fields_passed_over(model, folder):
-    change(folder, vocab_size=5, padding_multiple=7, _note="anything")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"padding_multiple": 4},  # of a published file; the tables have as many rows as it says
+        {"vocab_size": 5, "padded_vocab_size": 7},
+        {"_note": "anything"},
+    ],
+)
+def test_rows_of_the_vocabulary_are_counted_as_the_original_does(model, folder, fields):
+    change(folder, **fields)
     assert_same(convert.load("huginn", folder), model)
 
 
