@@ -31,6 +31,8 @@ FIXED = {  # architectures that the original code knows and this model is not
     "injection_type": "linear",
     "model_type": "huginn_raven",
 }
+END_TEXT, END_TURN = 65505, 65508
+"""Tokens of the published vocabulary at which the original stops, besides that which begins one."""
 LATENT = {"state_init": "like-init", "test_time_noise": 0}
 """How the latent state begins and moves in generation, where a file says it."""
 UNUSED = (  # how the weights began and were trained
@@ -123,4 +125,5 @@ SYSTEM = System(
     repeated=lambda config: (
         {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
     ),
+    stop_tokens=lambda config: [i for i in (END_TEXT, END_TURN) if i < config.vocab_size],
 )
