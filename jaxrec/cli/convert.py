@@ -112,13 +112,13 @@ def _stop_tokens(arguments: Arguments, config: Any) -> list[int]:
     from jaxrec.config import read_json
     from jaxrec.convert import engine
 
-    found = {*engine.find(arguments.system).stop_tokens(config)}
+    found: list[Any] = [*engine.find(arguments.system).stop_tokens(config)]
     for name in ("config.json", "generation_config.json"):
         file = arguments.source / name
         data = read_json(file) if file.exists() else {}
         ends = data.get("eos_token_id") if isinstance(data, dict) else None
-        found |= {*(ends if isinstance(ends, list) else [ends])}
-    return sorted(i for i in found if isinstance(i, int) and 0 <= i < config.vocab_size)
+        found += ends if isinstance(ends, list) else [ends]
+    return sorted({i for i in found if type(i) is int and 0 <= i < config.vocab_size})
 
 
 def _save(
