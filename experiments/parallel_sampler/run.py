@@ -4,11 +4,13 @@ Greedy continuations of validation text by a run of `make train` (trained first 
 none), one prompt at a time and in a batch of eight. Quality is what the model itself says of a text
 at full depth: nats per token, and the share of tokens that are those of the autoregressive sampler
 at full depth. Writes results.json, samplers.png and the tables of README.md; with --smoke, a tiny
-model writes a few tokens and no file is written.
+model writes a few tokens and no file is written; with --config FILE, depth, lengths and windows are
+those of the file, and the results stay on the screen.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
@@ -20,9 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
+import yaml
 
-from jaxrec.cli import bench_tables, timing
 from jaxrec.cli import main as jaxrec
+from jaxrec.cli import timing
+from jaxrec.config import from_dict
 from jaxrec.generation import DiffusionForcing, Exit, SamplingConfig, samplers
 from jaxrec.training.data import load_data
 from jaxrec.training.losses import token_losses
@@ -33,12 +38,21 @@ MARK = "<!-- Below this line everything is written by run.py. -->"
 TRAIN = "jaxrec.models.huginn:TINY --data python-docs --steps 220 --optimizer.learning-rate 4e-3"
 TINY = "--steps 2 --batch 2 --time 32 --eval-batches 1 --model.width 16 --model.heads 2"
 PROMPT = 48  # tokens
-COLOURS = {
-    "autoregressive": "black",
-    "adaptive": "tab:green",
-    "speculative": "tab:blue",
-    "diffusion-forcing": "tab:red",
-}
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is written, and how."""
+
+    depth: int = 16  # full, in loops
+    tokens: int = 64  # new ones of each text
+    rounds: int = 2  # of timing, in turns
+    sizes: tuple[tuple[int, int], ...] = ((4, 1), (8, 8))  # texts, and how many at once
+    waves: tuple[tuple[int, float, int, int], ...] = (
+        *((inner, limit, 16, 1) for inner in (1, 2, 4) for limit in (0.1, 0.3)),
+        *((4, 0.03, 16, 1), (2, 0.1, 32, 1), (1, 0.3, 16, 2)),
+    )  # loops a step, threshold, window, headway
 
 
 class Setting(NamedTuple):
@@ -49,11 +63,11 @@ class Setting(NamedTuple):
     options: dict[str, Any]
 
 
-def settings(depth: int) -> list[Setting]:
+def settings(scale: Scale) -> list[Setting]:
     """All that are tried; the first is what the others are measured against."""
-    found = [Setting("autoregressive", f"depth {depth}", {"depth": depth})]
+    found = [Setting("autoregressive", f"depth {scale.depth}", {"depth": scale.depth})]
     for less in (8, 4, 2, 1):
-        if less < depth:
+        if less < scale.depth:
             found.append(Setting("autoregressive", f"depth {less}", {"depth": less}))
     for criterion, threshold in (("latent-diff", 0.03), ("kl", 1e-3)):
         exit = Exit(criterion=criterion, threshold=threshold)
@@ -61,9 +75,7 @@ def settings(depth: int) -> list[Setting]:
     for draft, ahead in ((1, 4), (2, 8)):
         options = {"draft_depth": draft, "lookahead": ahead}
         found.append(Setting("speculative", f"draft {draft}, ahead {ahead}", options))
-    waves = [(inner, limit, 16, 1) for inner in (1, 2, 4) for limit in (0.1, 0.3)]
-    waves += [(4, 0.03, 16, 1), (2, 0.1, 32, 1), (1, 0.3, 16, 2)]
-    for inner, limit, window, headway in waves:
+    for inner, limit, window, headway in scale.waves:
         options = DiffusionForcing(
             inner_loops=inner, threshold=limit, max_wavefront=window, headway=headway
         )
@@ -75,30 +87,29 @@ def settings(depth: int) -> list[Setting]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/huginn-tiny"))
-    parser.add_argument("--depth", type=int, default=16, help="full depth, in loops")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each text")
-    parser.add_argument("--rounds", type=int, default=2, help="of timing, in turns")
+    parser.add_argument("--config", type=Path, help="fields of Scale, YAML")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
+    scale = Scale()
+    if options.config is not None:
+        scale = from_dict(Scale, yaml.safe_load(options.config.read_text()))
     if options.smoke:
-        ways = settings(4)
+        scale = Scale(depth=4, tokens=8, rounds=1, sizes=((2, 1), (2, 2)))
+        ways = settings(scale)
         ways = [ways[0], *{way.sampler: way for way in ways}.values()]
         with tempfile.TemporaryDirectory() as folder:
-            results = compare(Path(folder) / "tiny", 4, 8, 1, ways, ((2, 1), (2, 2)), TINY)
+            results = compare(Path(folder) / "tiny", scale, ways, TINY)
     else:
-        ways, sizes = settings(options.depth), ((4, 1), (8, 8))
-        results = compare(options.run, options.depth, options.tokens, options.rounds, ways, sizes)
+        results = compare(options.run, scale, settings(scale))
     print(json.dumps(results, indent=2))
-    if not options.smoke:
+    if scale == Scale():
         (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        plot(results, HERE / "samplers.png")
-        readme = HERE / "README.md"
-        readme.write_text(f"{readme.read_text().partition(MARK)[0]}{MARK}\n\n{tables(results)}")
+        report.plot(results, HERE / "samplers.png")
+        readme, tables = HERE / "README.md", report.tables(results)
+        readme.write_text(f"{readme.read_text().partition(MARK)[0]}{MARK}\n\n{tables}")
 
 
-def compare(
-    run: Path, depth: int, tokens: int, rounds: int, ways: list[Setting], sizes: Any, less: str = ""
-) -> dict[str, Any]:
+def compare(run: Path, scale: Scale, ways: list[Setting], less: str = "") -> dict[str, Any]:
     """Every way at every (number of texts, batch)."""
     if not (run / "run.json").exists():
         words = f"train {TRAIN} --name {run.name} --runs {run.parent} {less}".split()
@@ -108,27 +119,26 @@ def compare(
     machine = timing.machine()
     model, tokenizer, trained, _ = load_model(run)
     data = load_data(trained.config.data.source, tokenizer.name, trained.config.data.valid_fraction)
-    places = np.linspace(0, len(data.valid.tokens) - PROMPT, max(n for n, _ in sizes), dtype=int)
+    most = max(texts for texts, _ in scale.sizes)
+    places = np.linspace(0, len(data.valid.tokens) - PROMPT, most, dtype=int)
     prompts = [data.valid.tokens[i : i + PROMPT].tolist() for i in places]
     records = []
-    for texts, batch in sizes:
+    for texts, batch in scale.sizes:
         parts = [prompts[i : i + batch] for i in range(0, texts, batch)]
-        records += measure(model, parts, depth, tokens, rounds, ways)
+        records += measure(model, parts, scale, ways)
     return {
-        "depth": depth,
+        "depth": scale.depth,
         "mean_loops": model.config.mean_depth + 1,
-        "tokens": tokens,
-        "rounds": rounds,
+        "tokens": scale.tokens,
+        "rounds": scale.rounds,
         "machine": machine | {"load_average_after": timing.load_average()},
         "results": records,
     }
 
 
-def measure(
-    model: Any, parts: Any, depth: int, tokens: int, rounds: int, ways: list[Setting]
-) -> list[dict[str, Any]]:
+def measure(model: Any, parts: Any, scale: Scale, ways: list[Setting]) -> list[dict[str, Any]]:
     """Cost and quality of every way on the same prompts, timed in turns."""
-    shared = {"max_new_tokens": tokens, "config": SamplingConfig(temperature=0.0)}
+    shared = {"depth": scale.depth, "max_new_tokens": scale.tokens, "config": GREEDY}
 
     def write(way: Setting) -> tuple[list[list[int]], int]:
         """The texts of all prompts, and the passes of the core, one after another."""
@@ -137,7 +147,7 @@ def measure(
         for prompts in parts:
             usage = samplers.used_by(prompts)
             sample = getattr(samplers, way.sampler.replace("-", "_"))
-            for _ in sample(model, prompts, usage, **{"depth": depth} | shared | way.options):
+            for _ in sample(model, prompts, usage, **shared | way.options):
                 pass
             texts += usage.tokens
             passes += usage.core_passes
@@ -147,7 +157,7 @@ def measure(
     for way in ways:  # compiles
         written[way.name] = write(way)
         timing.say(f"batch {len(parts[0])}: {way.sampler}, {way.name}")
-    for _ in range(rounds):
+    for _ in range(scale.rounds):
         for way in ways:
             begun = time.perf_counter()
             write(way)
@@ -160,19 +170,20 @@ def measure(
         texts, passes = written[way.name]
         took = statistics.median(seconds[way.name])
         records.append(
-            {
-                "batch": len(parts[0]),
-                "sampler": way.sampler,
-                "setting": way.name,
+            {"batch": len(parts[0]), "sampler": way.sampler, "setting": way.name}
+            | {
                 "tokens_per_s": round(sum(map(len, texts)) / took, 1),
                 "faster": round(plain_seconds / took, 2),
-                "passes_per_token": round(passes / len(parts) / tokens, 2),
+                "passes_per_token": round(passes / len(parts) / scale.tokens, 2),
                 "fewer_passes": round(plain_passes / passes, 2),
                 "same_tokens": round(float(np.mean(np.array(texts) == np.array(plain))), 4),
-                "nats_per_token": round(nats(model, prompts, texts, depth), 4),
+                "nats_per_token": round(nats(model, prompts, texts, scale.depth), 4),
             }
         )
     return records
+
+
+forward = jax.jit(lambda model, tokens, depth: model(tokens, depth=depth)[0])
 
 
 def nats(model: Any, prompts: list[list[int]], texts: list[list[int]], depth: int) -> float:
@@ -181,65 +192,6 @@ def nats(model: Any, prompts: list[list[int]], texts: list[list[int]], depth: in
     logits = forward(model, whole[:, :-1], jnp.int32(depth))
     losses, _ = token_losses(logits, jnp.asarray(whole[:, 1:]))
     return float(np.mean(np.asarray(losses)[:, len(prompts[0]) - 1 :]))
-
-
-@jax.jit
-def forward(model: Any, tokens: Any, depth: Any) -> Any:
-    return model(tokens, depth=depth)[0]
-
-
-def tables(results: dict[str, Any]) -> str:
-    """What README.md says in numbers."""
-    lines = [
-        f"Full depth {results['depth']}, trained at {results['mean_loops']} loops in the mean;"
-        f" {results['tokens']} tokens a text. {bench_tables.machine(results)}.",
-        "",
-    ]
-    for batch in dict.fromkeys(x["batch"] for x in results["results"]):
-        lines += [
-            f"| batch {batch}: sampler | setting | tokens/s | faster | passes per token"
-            " | fewer passes | same tokens % | nats per token |",
-            "|---" * 8 + "|",
-        ]
-        for x in results["results"]:
-            if x["batch"] == batch:
-                lines.append(
-                    f"| {x['sampler']} | {x['setting']} | {x['tokens_per_s']:,.0f} |"
-                    f" {x['faster']:.2f} | {x['passes_per_token']:.2f} | {x['fewer_passes']:.2f} |"
-                    f" {100 * x['same_tokens']:.0f} | {x['nats_per_token']:.3f} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Quality against speed and against passes, by batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    batches = list(dict.fromkeys(x["batch"] for x in results["results"]))
-    figure, panels = plt.subplots(2, len(batches), figsize=(10, 7), layout="constrained")
-    for column, batch in zip(panels.T, batches, strict=True):
-        for axis, measure in zip(column, ("faster", "fewer_passes"), strict=True):
-            for sampler, colour in COLOURS.items():
-                rows = [
-                    x for x in results["results"] if (x["batch"], x["sampler"]) == (batch, sampler)
-                ]
-                values = [[x[measure] for x in rows], [100 * x["same_tokens"] for x in rows]]
-                axis.plot(*values, "o", color=colour, alpha=0.7, label=sampler)
-            what = {"faster": "times as fast", "fewer_passes": "times fewer sequential passes"}
-            axis.set(
-                xscale="log",
-                xlabel=f"{what[measure]} as at depth {results['depth']}",
-                ylabel="same tokens %",
-                title=f"batch {batch}",
-            )
-            axis.grid(alpha=0.2)
-            axis.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

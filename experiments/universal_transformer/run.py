@@ -3,7 +3,7 @@
 Trains it to copy, reverse and add short sequences beside a plain transformer of equal width and
 depth, and asks both for longer ones; then lets an adaptive encoder follow chains of 1 to 3 facts.
 Writes results.json and lengths.png; with --smoke, tiny models make a few steps and nothing is
-written.
+written; with --config FILE, all is as large as the file says, and the results stay on the screen.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
+from jaxrec.config import from_dict
 from jaxrec.models.universal_transformer import UniversalEncoderConfig, UniversalSeq2SeqConfig
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.algorithmic import SPECIAL, chains, transduction
@@ -27,89 +29,93 @@ from jaxrec.training.tasks import train_task
 
 HERE = Path(__file__).parent
 BASE, ENTITIES, HOPS = 10, 5, 3
-TRAINED = {"copy": 8, "reverse": 8, "addition": 4}
-"""Digits of the longest sequences in training."""
-ASKED = {"copy": (8, 10, 12, 16, 24), "reverse": (8, 10, 12, 16, 24), "addition": (4, 5, 6, 8)}
 SIZES: dict[str, Any] = {"width": 64, "heads": 4, "mlp_width": 128}
 UNIVERSAL = UniversalSeq2SeqConfig(
     vocab_size=BASE + SPECIAL, **SIZES, steps=4, context=32, start="random"
 )
-MODELS = {
-    "Universal Transformer": UNIVERSAL,
-    "transformer": dataclasses.replace(UNIVERSAL, steps=1, block_layers=UNIVERSAL.steps),
-}
-CHAINS = UniversalEncoderConfig(
-    vocab_size=ENTITIES**2 + ENTITIES + HOPS + 1,
-    **SIZES,
-    steps=6,
-    context=ENTITIES + 2,
-    halting="position",
-    halting_bias=-1.0,  # so that it begins with most of the loops, and learns to leave some out
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is."""
+
+    model: UniversalSeq2SeqConfig = UNIVERSAL
+    rules: tuple[str, ...] = ("copy", "reverse", "addition")
+    asked: tuple[int, ...] = (8, 10, 12, 16, 24)  # digits; the first is the longest in training
+    asked_sums: tuple[int, ...] = (4, 5, 6, 8)  # of each number, likewise
+    steps: int = 600  # of training; chains get four times as many
+    batch: int = 32
+    examples: int = 300  # asked of each length; four times as many of each number of hops
+    learning_rate: float = 3e-3
+
+    def lengths(self, rule: str) -> tuple[int, ...]:
+        return self.asked_sums if rule == "addition" else self.asked
+
+
+TINY = dataclasses.replace(UNIVERSAL, width=8, heads=2, mlp_width=8)
+SMOKE = Scale(model=TINY, rules=("copy",), steps=2, batch=2, examples=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps", type=int, default=600, help="of training; chains get four times as many"
-    )
+    parser.add_argument("--config", type=Path, help="fields of Scale, YAML")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
-    results = run(2 if options.smoke else options.steps, options.smoke)
+    scale = SMOKE if options.smoke else Scale()
+    if options.config is not None:
+        scale = from_dict(Scale, yaml.safe_load(options.config.read_text()))
+    results = run(scale)
     text = json.dumps(results, indent=2)
     print(text)
-    if not options.smoke:
+    if scale == Scale():
         (HERE / "results.json").write_text(text + "\n")
         plot(results, HERE / "lengths.png")
 
 
-def run(steps: int, smoke: bool) -> dict[str, Any]:
+def run(scale: Scale) -> dict[str, Any]:
     """Trains every model and returns what there is to report."""
-    batch, examples = (32, 300) if not smoke else (2, 2)
-    small = {"width": 8, "heads": 2, "mlp_width": 8} if smoke else {}
     began = time.perf_counter()
-    results: dict[str, Any] = {"steps": steps, "batch": batch, "lengths": []}
-    for rule in ("copy",) if smoke else TRAINED:
-        for name, config in MODELS.items():
-            config = dataclasses.replace(config, **small)
-            found = lengths(rule, config, steps, batch, examples)
+    results: dict[str, Any] = {"steps": scale.steps, "batch": scale.batch, "lengths": []}
+    plain = dataclasses.replace(scale.model, steps=1, block_layers=scale.model.steps)
+    models = {"Universal Transformer": scale.model, "transformer": plain}
+    for rule in scale.rules:
+        for name, config in models.items():
+            found = lengths(rule, config, scale)
             results["lengths"].append({"task": rule, "model": name} | found)
             print(results["lengths"][-1], file=sys.stderr)
-    encoder = dataclasses.replace(CHAINS, **small)
-    results["chains"] = pondering(encoder, 4 * steps, 2 * batch, 4 * examples)
+    results["chains"] = pondering(scale)
     return results | {"seconds": round(time.perf_counter() - began), "versions": versions()}
 
 
-def optimizer(steps: int) -> OptimizerConfig:
-    return OptimizerConfig(
-        learning_rate=3e-3, warmup_steps=min(100, steps), weight_decay=0.0, final_fraction=0.05
-    )
+def optimizer(scale: Scale, steps: int) -> OptimizerConfig:
+    rates = {"learning_rate": scale.learning_rate, "final_fraction": 0.05, "weight_decay": 0.0}
+    return OptimizerConfig(**rates, warmup_steps=min(100, steps))
 
 
-def lengths(
-    rule: Any, config: UniversalSeq2SeqConfig, steps: int, batch: int, examples: int
-) -> dict[str, Any]:
+def lengths(rule: Any, config: UniversalSeq2SeqConfig, scale: Scale) -> dict[str, Any]:
     """Share of tokens, and of whole sequences, that are right at every length asked for.
 
     Every token is asked for behind the right ones. A sequence is all right then just when it is
     all right as the model would write it by itself.
     """
-    began, trained = time.perf_counter(), (1, TRAINED[rule])
+    began, examples = time.perf_counter(), scale.examples
+    trained = (1, scale.lengths(rule)[0])
     results = train_task(
         config,
-        lambda step: transduction(rule, batch, trained, base=BASE, seed=step).batch(),
-        steps=steps,
-        optimizer=optimizer(steps),
+        lambda step: transduction(rule, scale.batch, trained, base=BASE, seed=step).batch(),
+        steps=scale.steps,
+        optimizer=optimizer(scale, scale.steps),
     )
+    best = jax.jit(lambda model, *, inputs, **rest: jnp.argmax(model(inputs, **rest)[0], axis=-1))
     tokens, sequences = {}, {}
-    for length in ASKED[rule]:
+    for length in scale.lengths(rule):
         asked = transduction(rule, examples, (length, length), base=BASE, seed=10**6 + length)
         options = asked.batch()
         labels = options.pop("labels")
-        right = np.asarray(best(results.model, options)) == labels
-        right, counts = right[labels != IGNORED], (labels != IGNORED)
+        is_asked = labels != IGNORED
+        right = (np.asarray(best(results.model, **options)) == labels)[is_asked]
         tokens[str(length)] = float(right.mean())
-        sequences[str(length)] = float(right.reshape(examples, counts[0].sum()).all(1).mean())
+        sequences[str(length)] = float(right.reshape(examples, is_asked[0].sum()).all(1).mean())
     return {
         "parameters": parameters(results.model),
         "token_accuracy": tokens,
@@ -119,33 +125,36 @@ def lengths(
     }
 
 
-def pondering(
-    config: UniversalEncoderConfig, steps: int, batch: int, examples: int
-) -> dict[str, Any]:
+def pondering(scale: Scale) -> dict[str, Any]:
     """Accuracy, and loops of the position that is asked, by the number of hops."""
-    began = time.perf_counter()
+    began, steps = time.perf_counter(), 4 * scale.steps
 
     def data(examples: int, hops: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
         return chains(examples, entities=ENTITIES, hops=hops, seed=seed).batch()
 
+    config = UniversalEncoderConfig(
+        vocab_size=ENTITIES**2 + ENTITIES + HOPS + 1,
+        **{name: getattr(scale.model, name) for name in SIZES},
+        steps=6,
+        context=ENTITIES + 2,
+        halting="position",
+        halting_bias=-1.0,  # begins with most of the loops, and learns to leave some out
+    )
     results = train_task(
         config,
-        lambda step: data(batch, (1, HOPS), step),
+        lambda step: data(2 * scale.batch, (1, HOPS), step),
         steps=steps,
-        optimizer=optimizer(steps),
+        optimizer=optimizer(scale, steps),
     )
     accuracy, loops = {}, {}
     for hops in range(1, HOPS + 1):
-        asked = data(examples, (hops, hops), 10**6 + hops)
-        logits, ponder = jax.jit(lambda model, tokens: model(tokens))(
-            results.model, asked["inputs"]
-        )
+        asked = data(4 * scale.examples, (hops, hops), 10**6 + hops)
+        answer = jax.jit(lambda model, tokens: model(tokens))
+        logits, ponder = answer(results.model, asked["inputs"])
         right = jnp.argmax(logits[:, -1], axis=-1) == asked["labels"][:, -1]
         accuracy[str(hops)] = float(jnp.mean(right))
-        loops[str(hops)] = {
-            "asked_position": float(jnp.mean(ponder.steps[:, -1])),
-            "all_positions": float(jnp.mean(ponder.steps)),
-        }
+        at_asked, at_all = float(jnp.mean(ponder.steps[:, -1])), float(jnp.mean(ponder.steps))
+        loops[str(hops)] = {"asked_position": at_asked, "all_positions": at_all}
     return {
         "parameters": parameters(results.model),
         "accuracy_by_hops": accuracy,
@@ -153,13 +162,6 @@ def pondering(
         "last_loss": float(results.losses[-20:].mean()),
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-@jax.jit
-def best(model: Any, options: dict[str, Any]) -> Any:
-    """The best token at every position."""
-    rest = {name: x for name, x in options.items() if name != "inputs"}
-    return jnp.argmax(model(options["inputs"], **rest)[0], axis=-1)
 
 
 def parameters(model: Any) -> int:
@@ -174,11 +176,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    for axis, rule in zip(axes, TRAINED, strict=False):
+    for axis, rule in zip(axes, Scale.rules, strict=False):
         for found in (found for found in results["lengths"] if found["task"] == rule):
             shares = found["token_accuracy"]
             axis.plot([int(n) for n in shares], shares.values(), marker="o", label=found["model"])
-        axis.axvline(TRAINED[rule], color="grey", linestyle=":")
+        axis.axvline(Scale().lengths(rule)[0], color="grey", linestyle=":")
         axis.set(title=rule, xlabel="digits (dotted: longest in training)", ylim=(0, 1.03))
     axes[0].set_ylabel("share of tokens right")
     axes[0].legend(frameon=False, fontsize=9)
@@ -188,7 +190,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[3].set(title="chains of facts", xlabel="hops", ylabel="loops of the asked position")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 

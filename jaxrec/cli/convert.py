@@ -4,7 +4,7 @@ checkpoint.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -28,6 +28,8 @@ class Arguments:
     bytes."""
     step: int | None = None
     """With --export: which checkpoint; the newest if left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """With --export: what the numbers are written as."""
 
 
 def run(arguments: Arguments) -> int:
@@ -39,11 +41,16 @@ def run(arguments: Arguments) -> int:
     from jaxrec import convert
     from jaxrec.cli.main import program
     from jaxrec.models.hrm import HRM
+    from jaxrec.training.data import TOKENIZER_FILE, load_tokenizer
     from jaxrec.training.runs import read_run, trained_model
 
     if arguments.export:
         model, step = trained_model(read_run(arguments.source), step=arguments.step)
-        convert.export(model, arguments.target, arguments.system)
+        has_file = (arguments.source / TOKENIZER_FILE).exists()
+        tokenizer = load_tokenizer(arguments.source) if has_file else None
+        convert.export(model, arguments.target, arguments.system, dtype=arguments.dtype)
+        if tokenizer is not None:
+            tokenizer.save(arguments.target)
         print(f"Wrote {arguments.target} from step {step} of {arguments.source}.")
         return 0
     if arguments.target.exists() and any(arguments.target.iterdir()):
@@ -91,8 +98,27 @@ def _write_run(arguments: Arguments, model: Any) -> None:
             f" {config.vocab_size}; give the one it was trained with by --tokenizer."
         )
     training = TrainConfig(time=min(256, config.context), data=DataConfig(tokenizer=tokenizer.name))
-    provenance = {"source": str(arguments.source), "tokenizer": tokenizer.name, "sha256": None}
+    provenance = {
+        "source": str(arguments.source),
+        "tokenizer": tokenizer.name,
+        "sha256": None,
+        "stop_tokens": _stop_tokens(arguments, config),
+    }
     _save(arguments, model, training, provenance, tokenizer)
+
+
+def _stop_tokens(arguments: Arguments, config: Any) -> list[int]:
+    """Where the original ends a text: as its files say, and as its program does."""
+    from jaxrec.config import read_json
+    from jaxrec.convert import engine
+
+    found: list[Any] = [*engine.find(arguments.system).stop_tokens(config)]
+    for name in ("config.json", "generation_config.json"):
+        file = arguments.source / name
+        data = read_json(file) if file.exists() else {}
+        ends = data.get("eos_token_id") if isinstance(data, dict) else None
+        found += ends if isinstance(ends, list) else [ends]
+    return sorted({i for i in found if type(i) is int and 0 <= i < config.vocab_size})
 
 
 def _save(

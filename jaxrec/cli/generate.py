@@ -36,6 +36,8 @@ class Looped:
     """Adaptive: loops before the criterion is looked at."""
     exit_every: int = 1
     """Adaptive: loops between two looks at the criterion."""
+    exit_in_prompt: bool = True
+    """Adaptive: the criterion also ends the loop of the prompt; otherwise that has full depth."""
     schedule: tuple[int, ...] | None = None
     """Adaptive: largest depth of each new token; the last one goes on."""
     draft_depth: int = 4
@@ -64,8 +66,9 @@ class Looped:
     """Diffusion-forcing: mix noise by the square roots of its part."""
     headway: int = 1
     """Diffusion-forcing: new positions per step."""
-    max_wavefront: int = 32
-    """Diffusion-forcing: largest window; 128 suits a large accelerator, 0 is the context."""
+    max_wavefront: int | None = None
+    """Diffusion-forcing: largest window, at most the context, which 0 stands for; 32 if left out.
+    128 suits a large accelerator."""
     full_prefill: bool = True
     """Diffusion-forcing: prompts run at full depth first; otherwise they begin the window."""
 
@@ -138,9 +141,11 @@ def run(arguments: Arguments) -> int:
     from jaxrec import generation
     from jaxrec.generation.samplers import used_by
     from jaxrec.training.data import StreamDecoder
-    from jaxrec.training.runs import load_model
+    from jaxrec.training.runs import load_model, stop_tokens_of
 
-    model, tokenizer, _, step = load_model(arguments.run, step=arguments.step, ema=arguments.ema)
+    model, tokenizer, trained, step = load_model(
+        arguments.run, step=arguments.step, ema=arguments.ema
+    )
     key, latent_key = jax.random.split(jax.random.key(arguments.seed))
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     rows = [begin + tokenizer.encode(prompt).tolist() for prompt in prompts]
@@ -152,7 +157,7 @@ def run(arguments: Arguments) -> int:
         "key": key,
         "depth": arguments.depth,
         "latent_key": latent_key,
-        "stop_tokens": begin,  # where the next document would begin
+        "stop_tokens": stop_tokens_of(trained, tokenizer),
     }
     usage = used_by(rows)
     steps = _steps(arguments, model, rows, usage, shared)
@@ -236,6 +241,7 @@ def _steps(
                     threshold=looped.exit_threshold,
                     min_loops=looped.min_loops,
                     every=looped.exit_every,
+                    in_prompt=looped.exit_in_prompt,
                 )
             return samplers.adaptive(
                 model,
@@ -248,6 +254,13 @@ def _steps(
                 continuous=looped.continuous,
                 noise=LatentNoise(looped.noise, looped.noise_kind) if looped.noise else None,
             )
+        context = model.config.context
+        window = looped.max_wavefront
+        if window is not None and window > context:
+            raise UserError(
+                f"--looped.max-wavefront {window} is larger than the context of {context} tokens,"
+                f" which no window can leave. Give at most {context}, or 0 for all of it."
+            )
         options = DiffusionForcing(
             inner_loops=looped.inner_loops,
             freeze=looped.freeze,
@@ -258,7 +271,7 @@ def _steps(
             sqrt_mixer=looped.sqrt_mixer,
             headway=looped.headway,
             continuous=looped.continuous,
-            max_wavefront=looped.max_wavefront,
+            max_wavefront=min(32, context) if window is None else window,
             full_prefill=looped.full_prefill,
             strategy=looped.cache,
         )
@@ -300,12 +313,16 @@ def _cost(arguments: Arguments, model: Any, rows: list[list[int]], usage: Any) -
     """Passes of the core, mean depth of the new tokens, and the memory of the cache."""
     from jaxrec.generation.samplers import cache_bytes
 
+    looped, core = arguments.looped, model.config.core_layers
     depth = arguments.depth or model.config.mean_depth
-    core = model.config.core_layers
+    if arguments.sampler == "adaptive" and looped.schedule:
+        depth = max(looped.schedule)
+    if arguments.sampler == "speculative":
+        depth = max(depth, looped.draft_depth)
+    if arguments.sampler == "diffusion-forcing":
+        depth = max(depth, looped.inner_loops)
     default = {"adaptive": "latest", "speculative": "full"}
-    strategy = arguments.looped.cache or default.get(
-        arguments.sampler, f"latest-m{core}-compress-s{core}"
-    )
+    strategy = looped.cache or default.get(arguments.sampler, f"latest-m{core}-compress-s{core}")
     loops = [loop for row in usage.loops for loop in row]
     tokens = max(map(len, rows)) + arguments.tokens
     return {

@@ -23,6 +23,7 @@ from jaxrec.config import beside, read_json
 from jaxrec.errors import UserError, nearest
 
 Shape = tuple[int, ...]
+_INDEX = "model.safetensors.index.json"
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 """What a table raises of fields that nobody checks, of any type and size."""
 SYSTEMS = (
@@ -42,6 +43,10 @@ SYSTEMS = (
     "xlstm",
 )
 """Names of the systems that can be converted; each is a module beside this one."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the numbers of an exported checkpoint."""
+SHARD_BYTES = 5 * 10**9
+"""Of numbers in one exported file, as the Hugging Face hub cuts checkpoints."""
 DESCRIBED_BY = {"plstm_vision": "plstm", "plstm_gates": "plstm"}
 """Modules whose configurations are in the table of another name."""
 
@@ -83,6 +88,8 @@ class System:
     repeated: Callable[[Any], Mapping[str, str]] = lambda config: {}
     # Names that only the tensors of another layout of the same model have -> what to do with it.
     other_layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Tokens at which the original ends a text, whatever the tokenizer calls them.
+    stop_tokens: Callable[[Any], Sequence[int]] = lambda config: ()
 
 
 def arrays(x: Any) -> Any:
@@ -190,21 +197,33 @@ def load(system: str, directory: str | Path) -> Any:
     return from_tensors(table, config, read_tensors(folder))
 
 
-def export(model: Any, directory: str | Path, system: str | None = None) -> None:
-    """Writes a model as its original would: config.json and model.safetensors, in float32.
+def export(
+    model: Any,
+    directory: str | Path,
+    system: str | None = None,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model as its original would: config.json and model.safetensors, or, where that would
+    be larger than a shard, several files and the index that says which tensor lies in which.
 
     Args:
       model: a model of a system that has a table.
       directory: made if missing; existing files in it are an error.
       system: the table; None: that of the file in which the model's configuration is defined.
+      dtype: of the numbers, one of `DTYPES`; all but float32 are rounded to.
+      shard_bytes: most bytes of numbers in a file; a larger tensor has a file for itself.
 
     Raises:
-      UserError: no table fits the model, it is one of another system, or the directory holds a
-        checkpoint already.
+      UserError: no table fits the model, it is one of another system, there is no such dtype, or
+        the directory holds a checkpoint already.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    if dtype not in DTYPES:
+        raise UserError(f"A checkpoint is of {', '.join(DTYPES)}, got dtype {dtype!r}.")
     module = type(model.config).__module__.rpartition(".")[2]
     described = DESCRIBED_BY.get(module, module)
     table = find(system or described)
@@ -215,13 +234,41 @@ def export(model: Any, directory: str | Path, system: str | None = None) -> None
     if there:
         raise UserError(f"{there[0]} exists; choose another directory or remove it first.")
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_tensors(table, model)
+    shards = _shards(tensors, jnp.dtype(dtype).itemsize, shard_bytes)
     try:
-        save_file(to_tensors(table, model), folder / "model.safetensors", metadata={"format": "pt"})
+        for file, names in shards.items():
+            rounded = {name: tensors[name].astype(jnp.dtype(dtype)) for name in names}
+            save_file(rounded, folder / file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"Cannot write {folder}: {error}. Make room, or choose another.") from error
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in tensors.values()) * jnp.dtype(dtype).itemsize
+        files = {name: file for file, names in shards.items() for name in sorted(names)}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(
         json.dumps(table.write_config(model.config), indent=2) + "\n"
     )
+
+
+def _shards(tensors: Mapping[str, np.ndarray], itemsize: int, most: int) -> dict[str, list[str]]:
+    """Files and the names of their tensors, in order, each file with at most so many bytes or with
+    one tensor.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        size = tensor.size * itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
 def find(system: str) -> System:
@@ -344,7 +391,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.exists():
         shards = _read_json(beside(folder, index.name)).get("weight_map", {})
         if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):

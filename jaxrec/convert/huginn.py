@@ -5,7 +5,6 @@ from typing import Any
 
 from jaxrec.convert import fields
 from jaxrec.convert.engine import Rule, System, arrays, fused, same, transposed
-from jaxrec.errors import UserError
 from jaxrec.models.huginn import HuginnConfig
 
 FIELDS = {
@@ -32,10 +31,12 @@ FIXED = {  # architectures that the original code knows and this model is not
     "injection_type": "linear",
     "model_type": "huginn_raven",
 }
+END_TEXT, END_TURN = 65505, 65508
+"""Tokens of the published vocabulary at which the original stops, besides that which begins one."""
 LATENT = {"state_init": "like-init", "test_time_noise": 0}
 """How the latent state begins and moves in generation, where a file says it."""
 UNUSED = (  # how the weights began and were trained
-    "n_layers head_dim padded_vocab_size tie_word_embeddings architecture_class_name init_strategy"
+    "n_layers head_dim padding_multiple tie_word_embeddings architecture_class_name init_strategy"
     " init_orthogonal init_values sampling_scheme activation_checkpoint_impl"
     " effective_expected_depth test_time_noise_type"
 ).split()
@@ -43,15 +44,14 @@ UNUSED = (  # how the weights began and were trained
 
 def _read_config(data: Mapping[str, Any]) -> HuginnConfig:
     heads = {name: data.get("n_heads") for name in ("num_attention_heads", "num_key_value_heads")}
-    known = [*FIXED, *LATENT, *heads, *UNUSED, "padding_multiple"]
+    known = [*FIXED, *LATENT, *heads, *UNUSED, "padded_vocab_size"]
     fields.check_names("huginn", data, known, [*FIELDS, "vocab_size"])
     fields.check_values("huginn", data, FIXED | LATENT | heads)
-    sizes = data["vocab_size"], data.get("padding_multiple", 1)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(f"huginn: vocab_size and padding_multiple must be counts, got {sizes}.")
-    vocab_size = -(-sizes[0] // sizes[1]) * sizes[1]
+    # The original sizes its tables by padded_vocab_size, which is vocab_size unless a file says
+    # otherwise; padding_multiple only tells how that number was once chosen.
     ours = {field: data[name] for name, field in FIELDS.items()}
-    return fields.build("huginn", HuginnConfig, {"vocab_size": vocab_size, **ours})
+    ours["vocab_size"] = data.get("padded_vocab_size", data["vocab_size"])
+    return fields.build("huginn", HuginnConfig, ours)
 
 
 def _write_config(config: HuginnConfig) -> dict[str, Any]:
@@ -125,4 +125,5 @@ SYSTEM = System(
     repeated=lambda config: (
         {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
     ),
+    stop_tokens=lambda config: [i for i in (END_TEXT, END_TURN) if i < config.vocab_size],
 )

@@ -9,7 +9,7 @@ Geiping et al. (2025), arXiv:2502.05171, sections 6.1 to 6.3.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,8 @@ def generate_adaptive(
       schedule: the largest number of loops of each new token instead; the last one goes on.
       strategy: which keys and values are stored and read, see `ops.depth.cache`.
       continuous: a token's loop begins where that of the token before has ended: at its latent
-        state or, without `exit`, at that state normed for the coda, as the original has it.
+        state or, with neither `exit` nor `schedule`, at that state normed for the coda, as the
+        original has it.
       noise: put on the latent state before every loop; needs a key.
       config: how tokens are drawn; `SamplingConfig()` if None.
       key: randomness of the draws and of the noise.
@@ -93,7 +94,10 @@ def generate_adaptive(
         keys=None if key is None else row_keys(key, rows),
         latent_keys=None if latent_key is None else row_keys(latent_key, rows),
     )
-    static = _Static(exit, noise, continuous, max(depths))
+    carried: Literal["raw", "normed"] | None = None
+    if continuous:
+        carried = "normed" if exit is None and schedule is None else "raw"
+    static = _Static(exit, noise, carried, max(depths))
     return _run(
         model, prompts, max_new_tokens, settings, static, depths, strategy, frozenset(stop_tokens)
     )
@@ -104,7 +108,7 @@ class _Static(NamedTuple):
 
     exit: Exit | None
     noise: LatentNoise | None
-    continuous: bool
+    carried: Literal["raw", "normed"] | None  # how the latent state goes on in the next token
     max_depth: int
 
 
@@ -225,7 +229,10 @@ def _advance(
         if static.exit is None:
             return after
         check = functools.partial(_check_exit, static.exit, model, view, is_token)
-        return lax.cond(static.exit.is_checked(z.loop), check, lambda loop: loop, after)
+        is_checked = static.exit.is_checked(z.loop)
+        if not static.exit.in_prompt:
+            is_checked &= carry.step > 0
+        return lax.cond(is_checked, check, lambda loop: loop, after)
 
     memory = None
     if static.exit is not None:
@@ -246,9 +253,9 @@ def _advance(
     if present is not None:
         present = present.at[jnp.arange(batch), new].set(True)
     latent = None
-    if static.continuous:
+    if static.carried is not None:
         latent = end.z.state[:, -1]
-        if static.exit is None:
+        if static.carried == "normed":
             latent = model.norm(latent).astype(jnp.float32)
     new = jnp.where(is_running, new, STOPPED)
     after = _Carry(state, position[:, -1] + 1, carry.step + 1, latent, present)

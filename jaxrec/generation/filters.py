@@ -28,7 +28,8 @@ def top_k(logits: Array, k: Array | int) -> Array:
 def top_p(logits: Array, p: Array | float) -> Array:
     """Keeps the smallest set of most probable tokens that sum to p or more, 0 < p <= 1.
 
-    In descending order, token i stays if sum_{j < i} softmax(logits)_j < p.
+    In descending order, token i stays if sum_{j < i} softmax(logits)_j < p: the token that crosses
+    p stays too, as in the paper. Huginn's published sampler drops it, except as the first.
 
     Holtzman et al., The curious case of neural text degeneration (2019), arXiv:1904.09751.
     """

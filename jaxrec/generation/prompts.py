@@ -48,9 +48,17 @@ def round_up(count: int) -> int:
 
 
 def check(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, depth: int | None
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    depth: int | None,
+    *,
+    may_end_early: bool = False,
 ) -> None:
-    """Raises UserError when a prompt or a count does not fit the model."""
+    """Raises UserError when a prompt or a count does not fit the model.
+
+    may_end_early: the sampler ends by itself where the context does.
+    """
     config = model.config
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}.")
@@ -84,7 +92,7 @@ def check(
                 f" the model's is {config.context} tokens, prompt and continuation together."
                 f" Shorten it to at most {config.context - 1}."
             )
-        if len(prompt) + max_new_tokens > config.context:
+        if len(prompt) + max_new_tokens > config.context and not may_end_early:
             raise UserError(
                 f"generate: {name} with {len(prompt)} tokens and {max_new_tokens} new ones is"
                 f" longer than the context of {config.context} tokens. Ask for at most"
@@ -98,11 +106,13 @@ def check_looped(
     max_new_tokens: int,
     depth: int | None,
     strategy: str,
+    *,
+    may_end_early: bool = False,
 ) -> None:
     """Raises UserError as `check` does, and when the model cannot be looped by hand or the cache
     strategy is none of it.
     """
-    check(model, prompts, max_new_tokens, depth)
+    check(model, prompts, max_new_tokens, depth, may_end_early=may_end_early)
     if not hasattr(model, "refine"):
         raise UserError(
             f"generate: this sampler loops the core of a model such as Huginn, but"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxrec.generation.adaptive import generate_adaptive
 from jaxrec.generation.autoregressive import STOPPED, generate
 from jaxrec.generation.diffusion_forcing import DiffusionForcing, WaveStep, generate_diffusion
+from jaxrec.generation.prompts import check
 from jaxrec.generation.speculative import generate_speculative
 from jaxrec.models.protocol import LanguageModel
 
@@ -115,6 +116,7 @@ def diffusion_forcing(
     **others: Any,
 ) -> Steps:
     """Steps of `generate_diffusion`, with its options."""
+    check(model, prompts, max_new_tokens, depth)  # so that all samplers give what is asked for
     depth = model.config.mean_depth if depth is None else depth
     is_prefilled = (options or DiffusionForcing()).full_prefill
     steps = generate_diffusion(

@@ -254,6 +254,22 @@ def tokenizer_of(run: Run) -> str:
     return name
 
 
+def stop_tokens_of(run: Run, tokenizer: Tokenizer) -> list[int]:
+    """Tokens before which a generated text ends: what begins the next document or ends this one, by
+    the tokenizer and by the checkpoint that the run was converted from.
+
+    Raises:
+      UserError: run.json has something else than tokens there.
+    """
+    said = run.data.get("stop_tokens", [])
+    if not isinstance(said, list) or not all(type(token) is int for token in said):
+        raise UserError(
+            f"{run.folder}/run.json: data.stop_tokens must be a list of tokens, got {said!r}."
+        )
+    own = [token for token in (tokenizer.bos, tokenizer.eos) if token is not None]
+    return sorted({*own, *said})
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes: recorded with every result."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

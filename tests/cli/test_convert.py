@@ -1,21 +1,27 @@
 """`jaxrec convert` there and back, and what it refuses."""
 
 import dataclasses
+import json
 import shlex
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxrec import convert
 from jaxrec.cli.main import main
+from jaxrec.convert.huginn import END_TEXT, END_TURN
 from jaxrec.layers.s5 import S5Config
 from jaxrec.models.mamba import MambaConfig
 from jaxrec.models.recurrentgemma import RecurrentGemmaConfig
-from jaxrec.training.runs import load_model
-from tests.convert.folders import shard
+from jaxrec.training.runs import load_model, read_run
+from tests.convert.folders import change, in_bfloat16, shard
+from tests.models import toy
 from tests.training.small import HUGINN, write_text
+from tests.training.test_data_tokenizers import train_tokenizer
 
 CONFIGS = {
     "huginn": dataclasses.replace(HUGINN, vocab_size=260),
@@ -95,6 +101,59 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(capsys, system, tmp_p
     capsys.readouterr()
     assert main(["eval", str(runs / "converted-on"), "--json"]) == 0
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+@pytest.fixture
+def raven(tmp_path):
+    """A checkpoint as Huginn's is published: bfloat16, the whole vocabulary, a tokenizer beside it.
+    Whatever it reads, one of the two tokens follows that end a text or a turn."""
+    config = dataclasses.replace(
+        HUGINN, vocab_size=65536, width=8, context=16, tie_embeddings=False
+    )
+    folder = tmp_path / "raven"
+    convert.export(toy.drawn(config), folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = np.zeros_like(tensors["lm_head.weight"])
+    head[END_TEXT] = np.linspace(-1, 1, 8)
+    head[END_TURN] = -head[END_TEXT]
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    in_bfloat16(folder)
+    train_tokenizer(folder / "tokenizer.json", special=())
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    return folder
+
+
+def test_a_published_folder_is_used_with_its_tokenizer_and_its_ends(capsys, raven, tmp_path):
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert main(["convert", "huginn", str(raven), str(run)]) == 0
+    names = ("tokenizer.json", "tokenizer_config.json")
+    capsys.readouterr()
+    words = ["--prompt", "return x", "--tokens", "3", "--depth", "1", "--temperature", "0"]
+    assert main(["generate", str(run), *words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["tokens"], record["finish"]) == (0, "stop token")
+
+    text = write_text(tmp_path / "text")
+    words = ["--data", str(text), "--batches", "1", "--depths", "1", "--json"]
+    assert main(["eval", str(run), *words]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+
+    assert main(["convert", "huginn", str(run), str(back), "--export", "--dtype", "bfloat16"]) == 0
+    for name in names:
+        assert (back / name).read_bytes() == (raven / name).read_bytes()
+    tensors, exported = (convert.engine.read_tensors(folder) for folder in (raven, back))
+    assert exported.keys() == tensors.keys()
+    for name, tensor in exported.items():
+        assert tensor.dtype.name == "bfloat16"
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
+
+
+def test_the_files_beside_a_checkpoint_say_where_its_texts_end(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "published")
+    change(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 7, 10000]}')
+    assert main(["convert", "huginn", str(folder), str(tmp_path / "run")]) == 0
+    assert read_run(tmp_path / "run").data["stop_tokens"] == [7, 9]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
 import functools
+import itertools
 import json
-import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 import tyro
 from flax import nnx
 
 from jaxrec.cli import generate
 from jaxrec.errors import UserError
+from jaxrec.generation.samplers import cache_bytes
 from jaxrec.models.huginn import HuginnConfig
 from jaxrec.training.data import ByteTokenizer
+from tests.analysis.test_wavefront import pixels
 
 CONFIG = HuginnConfig(
     vocab_size=272,
@@ -35,15 +38,16 @@ def model():
 
 @pytest.fixture(autouse=True)
 def run_folder(monkeypatch):
-    """Any folder holds one small model of bytes."""
+    """Any folder holds one small model of bytes; what its run.json says of data, to be changed."""
+    data = {}
 
     def load_model(folder, *, step=None, ema=False):
         asked.append((str(folder), step, ema))
-        return model(), ByteTokenizer(), None, 7 if step is None else step
+        run = types.SimpleNamespace(folder=folder, data=data)
+        return model(), ByteTokenizer(), run, 7 if step is None else step
 
-    runs = types.ModuleType("jaxrec.training.runs")
-    runs.load_model = load_model
-    monkeypatch.setitem(sys.modules, "jaxrec.training.runs", runs)
+    monkeypatch.setattr("jaxrec.training.runs.load_model", load_model)
+    return data
 
 
 def jaxrec_generate(*words):
@@ -94,6 +98,16 @@ def test_stop_strings_end_the_text(capsys):
     assert record["finish"] == "stop string"
 
 
+def test_the_text_ends_at_the_tokens_that_the_run_names(capsys, run_folder):
+    run_folder["stop_tokens"] = list(range(CONFIG.vocab_size))
+    jaxrec_generate("--json", "--prompt", "a")
+    record = json.loads(capsys.readouterr().out)
+    assert (record["tokens"], record["text"], record["finish"]) == (0, "", "stop token")
+    run_folder["stop_tokens"] = "all"
+    with pytest.raises(UserError, match=r"stop_tokens must be a list of tokens, got 'all'"):
+        jaxrec_generate("--prompt", "a")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -119,6 +133,25 @@ def test_other_samplers_report_what_they_cost(words, capsys):
     assert record["core_passes"] >= 2 and "autoregressive" not in record
 
 
+def test_the_cache_is_that_of_the_schedule(capsys):
+    options = ["--looped.exit", "none", "--looped.schedule", "3", "1", "--looped.continuous"]
+    words = ["--prompt", "a", "--no-compare", "--depth", "4", "--sampler", "adaptive", *options]
+    jaxrec_generate("--json", *words)
+    record = json.loads(capsys.readouterr().out)
+    begun = 1 + 1  # a prompt of one byte behind the token that begins a document
+    assert record["loops"] == [3] + [1] * 7
+    assert record["cache_bytes"] == cache_bytes(model(), 1, begun + 8, 3, "latest")
+
+
+def test_noise_changes_the_text_and_the_seed_repeats_it(capsys):
+    words = ["--json", "--no-compare", "--sampler", "adaptive", "--looped.exit", "none"]
+    texts = []
+    for noise in ("3", "3", "0"):
+        jaxrec_generate(*words, "--looped.noise", noise, "--looped.noise-kind", "sqrt")
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_speculation_is_the_same_text(capsys):
     options = ["--looped.draft-depth", "1", "--looped.lookahead", "3"]
     jaxrec_generate("--json", "--depth", "4", "--sampler", "speculative", *options)
@@ -131,9 +164,20 @@ def test_the_trace_is_a_picture(tmp_path, capsys):
     file = tmp_path / "wave.svg"
     options = ["--looped.max-wavefront", "4", "--looped.inner-loops", "2", "--depth", "4"]
     jaxrec_generate(
-        "--sampler", "diffusion-forcing", "--no-compare", "--trace", str(file), *options
+        "--json", "--sampler", "diffusion-forcing", "--no-compare", "--trace", str(file), *options
     )
-    assert file.read_text(encoding="utf-8").startswith("<svg ")
+    steps = (json.loads(capsys.readouterr().out)["core_passes"] - 4) // 2  # 4 read the prompt
+    svg = file.read_text(encoding="utf-8")
+    assert svg.startswith("<svg ")
+    is_shown = np.any(pixels(svg) != 255, axis=2)  # a row for each step, a column for each position
+    assert is_shown.shape[0] == steps > 1
+    # The token that begins the document was read before; the window begins with the one drawn then.
+    assert is_shown.any(axis=0).tolist() == [False] + [True] * (is_shown.shape[1] - 1)
+    assert is_shown[0].nonzero()[0].tolist() == [1]
+    for before, row in itertools.pairwise(is_shown):
+        (there,) = row.nonzero()
+        assert 1 <= len(there) <= 4 and there[-1] - there[0] == len(there) - 1
+        assert there[0] >= before.nonzero()[0][0]
 
 
 BAD = [
@@ -149,6 +193,14 @@ BAD = [
     (
         ["--sampler", "diffusion-forcing", "--prompt", "x" * 40, "--looped.no-full-prefill"],
         r"a prompt of 41 tokens is larger than the window of 32",
+    ),
+    (
+        ["--sampler", "diffusion-forcing", "--looped.max-wavefront", "129"],
+        r"--looped\.max-wavefront 129 is larger than the context of 128 tokens",
+    ),
+    (
+        ["--sampler", "diffusion-forcing", "--prompt", "x" * 100, "--tokens", "40"],
+        r"101 tokens and 40 new ones is longer than the context of 128 tokens",
     ),
     (
         ["--sampler", "diffusion-forcing", "--prompt", "x", "--prompt", "x" * 200],

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -22,6 +23,14 @@ def assert_loads_as(system, folder, model):
     assert again.config == model.config
     for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def in_bfloat16(folder):
+    """Rounds the tensors of a checkpoint, as most are published; returns them."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
 
 
 def shard(folder):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxrec import convert
@@ -119,6 +120,41 @@ def shard(folder, *, index=True):
 def test_shards_are_joined(model, folder, index):
     shard(folder, index=index)
     assert_same(convert.load("huginn", folder), model)
+
+
+def test_what_is_larger_than_a_shard_is_written_in_several(model, tmp_path):
+    convert.export(model, tmp_path, shard_bytes=900)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert [file.name for file in files] == names and len(files) > 2
+    sizes = [[tensor.nbytes for tensor in load_file(file).values()] for file in files]
+    assert all(sum(each) <= 900 or len(each) == 1 for each in sizes)
+    assert any(len(each) > 1 for each in sizes)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    for file in files:
+        assert {n for n, where in index["weight_map"].items() if where == file.name} == {
+            *load_file(file)
+        }
+    assert_loads_as("huginn", tmp_path, model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_on_the_way_out_and_widened_on_the_way_in(model, tmp_path, dtype):
+    thirds = jax.tree.map(lambda x: x / 3, model)
+    convert.export(thirds, tmp_path, dtype=dtype)
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert kinds == {"BF16" if dtype == "bfloat16" else "F16"}
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), thirds)
+    assert_same(convert.load("huginn", tmp_path), rounded)
+    assert np.any(rounded.embedding.table[...] != thirds.embedding.table[...])
+
+
+def test_another_dtype_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match=r"is of float32, bfloat16, float16, got dtype 'int8'"):
+        convert.export(model, tmp_path / "out", dtype="int8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_files_of_the_index_are_read(model, folder):
@@ -284,8 +320,16 @@ def test_configurations_that_do_not_fit_are_named(folder, fields, message):
         convert.load("huginn", folder)
 
 
-def test_the_vocabulary_may_be_padded_and_private_fields_passed_over(model, folder):
-    change(folder, vocab_size=5, padding_multiple=7, _note="anything")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"padding_multiple": 4},  # of a published file; the tables have as many rows as it says
+        {"vocab_size": 5, "padded_vocab_size": 7},
+        {"_note": "anything"},
+    ],
+)
+def test_rows_of_the_vocabulary_are_counted_as_the_original_does(model, folder, fields):
+    change(folder, **fields)
     assert_same(convert.load("huginn", folder), model)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +18,7 @@ from jaxrec.generation import (
     generate_adaptive,
 )
 from jaxrec.models.linear_rnn import LinearRNNConfig
+from jaxrec.ops import attention
 from tests.generation.test_autoregressive import CONFIGS
 from tests.models import toy
 
@@ -81,6 +83,56 @@ def test_a_schedule_says_the_depth_of_each_token():
 def test_the_first_check_may_come_late():
     _, loops = run(exit=dataclasses.replace(CHANGE, threshold=100.0, min_loops=3))
     assert np.all(loops == 3)
+
+
+def test_the_prompt_may_have_its_full_depth():
+    _, loops = run(exit=dataclasses.replace(CHANGE, threshold=100.0, in_prompt=False))
+    assert loops.tolist() == [[6, 1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exit": dataclasses.replace(CHANGE, threshold=100.0, min_loops=2)}, {"schedule": [2]}],
+    ids=["exit", "schedule"],
+)
+def test_a_continuous_loop_goes_on_from_the_raw_state(options):
+    """Against whole passes without a cache, in which each token begins where the one before has
+    ended: at s, not at norm(s)."""
+    prompt, new, depth = PROMPTS[1], 4, 2
+    room = len(prompt) + new
+    view, _ = attention.open_view(None, (1, room))
+
+    @jax.jit
+    def whole_pass(tokens, first):
+        embedded, _ = MODEL.embed(tokens, view)
+        last, _, _ = MODEL.refine(first, embedded, depth, view)
+        change = jnp.linalg.norm(last - first, axis=-1) / jnp.linalg.norm(last, axis=-1)
+        return MODEL.predict(last, view)[0], last, change
+
+    tokens = np.zeros((1, room), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    first, changes = np.zeros((1, room, MODEL.config.width), np.float32), []
+    for end in range(len(prompt), room):
+        logits, last, change = whole_pass(tokens, first)
+        tokens[0, end] = np.argmax(logits[0, end - 1])
+        first[0, end] = last[0, end - 1]
+        changes.append(np.mean(change[0, 0 if end == len(prompt) else end - 1 : end]))
+
+    steps = list(
+        generate_adaptive(
+            MODEL,
+            [prompt],
+            max_new_tokens=new,
+            depth=depth,
+            strategy="full",
+            continuous=True,
+            config=GREEDY,
+            **options,
+        )
+    )
+    assert [int(step.tokens[0]) for step in steps] == tokens[0, len(prompt) :].tolist()
+    if "exit" in options:  # looks back to where the loop began; ten times the gap, 8.4e-8
+        np.testing.assert_allclose([step.values[0, 1] for step in steps], changes, rtol=1e-6)
 
 
 def test_noise_changes_the_text_and_its_key_repeats_it():

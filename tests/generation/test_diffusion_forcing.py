@@ -123,6 +123,17 @@ def test_a_step_limit_ends_what_never_settles():
     assert np.all(steps[-1].steps == 4) and np.all(steps[-1].is_done)
 
 
+def test_the_end_of_the_context_ends_a_row():
+    """More may be asked for than fits; what there is room for is the same."""
+    context = MODEL.config.context
+    prompt = [1 + i % 29 for i in range(context - 6)]
+    tokens, steps = run([prompt], max_new_tokens=50)
+    assert [step.length[0] > context for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert steps[-1].is_done[0] and 0 < len(tokens[0]) <= 6
+    fitting, _ = run([prompt], max_new_tokens=6)
+    assert fitting[0] == tokens[0]
+
+
 def test_another_key_or_length_compiles_nothing():
     before = _advance._cache_size()
     run(max_new_tokens=NEW, stop_tokens=[100, 101])

@@ -59,6 +59,8 @@ def test_logits_at_every_depth(case, forward):
 
 @pytest.mark.parametrize("kind", ["trunc", "full"])
 def test_loss_and_gradients(case, model, kind):
+    if f"grad_steps_{kind}" not in case:
+        return
     tokens = jnp.asarray(case["input_ids"], jnp.int32)
     labels = jnp.asarray(case["labels"], jnp.int32)
     ungraded, graded = (int(n) for n in case[f"grad_steps_{kind}"])
@@ -81,11 +83,13 @@ def test_loss_and_gradients(case, model, kind):
 
 
 def test_prefill_and_cached_decoding(case, model):
+    if "cache_prefill_len" not in case:
+        return
     tokens = jnp.asarray(case["input_ids"], jnp.int32)
     latent = jnp.asarray(case["input_states"])
     batch, time = tokens.shape
     prefill = int(case["cache_prefill_len"])
-    depth = deepest(case)
+    depth = int(said(case, r"cached_decode_logits - logits_r(\d+)"))
     run = jax.jit(
         lambda model, tokens, latent, cache: model(tokens, cache, latent=latent, depth=depth)
     )
@@ -101,15 +105,21 @@ def test_prefill_and_cached_decoding(case, model):
         return np.concatenate(logits, axis=1)
 
     case.check("cached_decode_logits", decode([prefill] + [1] * (time - prefill)))
-    chunk = case["cached_chunk_logits"].shape[1]
-    case.check("cached_chunk_logits", decode([time - chunk, chunk])[:, -chunk:])
+    if "cached_chunk_logits" in case:
+        chunk = case["cached_chunk_logits"].shape[1]
+        case.check("cached_chunk_logits", decode([time - chunk, chunk])[:, -chunk:])
 
 
 def test_cache_strategies(case, model):
     """Prefill at full depth, then tokens of unequal depths, whose slots are then missing."""
+    if "strategy_decode_num_steps" not in case:
+        return
     tokens = jnp.asarray(case["input_ids"][:1], jnp.int32)
     latent = jnp.asarray(case["input_states"][:1])
-    prefill, deepest_loop = int(case["cache_prefill_len"]), deepest(case)
+    prefill, prefill_depth = (
+        int(case["cache_prefill_len"]),
+        int(said(case, r"prefill with r=(\d+)")),
+    )
     depths = case["strategy_decode_num_steps"].tolist()
     run = jax.jit(
         lambda model, tokens, latent, cache, depth: model(tokens, cache, latent=latent, depth=depth)
@@ -119,10 +129,10 @@ def test_cache_strategies(case, model):
         if array != "logits":
             continue
         cache = model.init_state(
-            1, capacity=tokens.shape[1], depth=max(deepest_loop, *depths), strategy=strategy
+            1, capacity=tokens.shape[1], depth=max(prefill_depth, *depths), strategy=strategy
         )
         logits, begin = [], 0
-        for size, depth in [(prefill, deepest_loop)] + [(1, depth) for depth in depths]:
+        for size, depth in [(prefill, prefill_depth)] + [(1, depth) for depth in depths]:
             part = slice(begin, begin + size)
             new, cache = run(model, tokens[:, part], latent[:, part], cache, jnp.int32(depth))
             logits.append(new[:, -1])
@@ -143,37 +153,48 @@ def held(cache):
 
 
 def test_greedy_tokens(case, model):
-    expected = case["greedy_tokens_zero_state"]
-    prompt = shared_prefix(case["input_ids"][0], expected[0])
-    new = generation.complete(
+    name = "greedy_tokens_zero_state"
+    if name not in case:
+        return
+    prompt, new, depth = greedy_run(case)
+    (tokens,) = generation.complete(
         model,
-        [prompt],
-        max_new_tokens=expected.shape[1] - len(prompt),
+        [case["input_ids"][0, :prompt].tolist()],
+        max_new_tokens=new,
         config=GREEDY,
         key=jax.random.key(0),
         latent_key=None,
-        depth=deepest(case),
+        depth=depth,
     )
-    case.check("greedy_tokens_zero_state", np.concatenate([prompt, new[0]])[None])
+    case.check(name, np.concatenate([case["input_ids"][0, :prompt], tokens])[None])
 
 
 def test_continuous_compute(case, model):
     """Every row of the case, each token beginning at the normed latent state of the one before."""
     name = "greedy_tokens_zero_state_continuous_compute"
-    expected = case[name]
-    prompts = [shared_prefix(a, b) for a, b in zip(case["input_ids"], expected, strict=False)]
-    length = min(len(prompt) for prompt in prompts)
+    if name not in case:
+        return
+    prompt, new, depth = greedy_run(case)
+    prompts = case["input_ids"][: len(case[name]), :prompt]
     steps = generation.generate_adaptive(
         model,
-        [prompt[:length] for prompt in prompts],
-        max_new_tokens=expected.shape[1] - length,
-        depth=deepest(case),
+        prompts.tolist(),
+        max_new_tokens=new,
+        depth=depth,
         strategy="full",
         continuous=True,
         config=GREEDY,
     )
-    new = np.stack([step.tokens for step in steps], axis=1)
-    case.check(name, np.concatenate([expected[:, :length], new], axis=1))
+    tokens = np.stack([step.tokens for step in steps], axis=1)
+    case.check(name, np.concatenate([prompts, tokens], axis=1))
+
+
+def greedy_run(case) -> list[int]:
+    """Tokens of the prompt, new ones and loops of the greedy runs."""
+    return [
+        int(said(case, rf"`greedy_tokens_zero_state`: {before}(\d+)"))
+        for before in ("prompt = first ", r"[^\n]*, (?=\d+ new tokens)", r"[^\n]*?\br=")
+    ]
 
 
 def test_adaptive_exits(case, model):
@@ -185,33 +206,38 @@ def test_adaptive_exits(case, model):
         prefix = name.removesuffix("tokens")
         expected, loops = case[name], case[f"{prefix}steps"]
         prompt = expected[0, : expected.shape[1] - len(loops)].tolist()
+        deepest = int(case["exit_max_steps"])
         steps = list(
             generation.generate_adaptive(
                 model,
                 [prompt],
                 max_new_tokens=len(loops),
-                exit=exit_of(criterion, threshold),
-                depth=int(case["exit_max_steps"]),
+                depth=deepest,
                 strategy=strategy,
                 config=GREEDY,
+                **exit_of(criterion, threshold, deepest),
             )
         )
         new = [int(step.tokens[0]) for step in steps]
         case.check(name, np.array([prompt + new]))
         case.check(f"{prefix}steps", np.array([step.loops[0] for step in steps]))
         values = np.stack([step.values[0] for step in steps])
-        if criterion == "none":  # the original notes a zero for every loop
+        if criterion in ("none", "schedule"):  # the original notes a zero for every loop
             values = np.where(np.arange(values.shape[1]) < loops[:, None], 0.0, np.nan)
         shown = case[f"{prefix}values"].shape[1]
         assert np.all(np.isnan(values[:, shown:]))
         case.check(f"{prefix}values", np.where(np.isnan(values), -1, values)[:, :shown])
 
 
-def exit_of(criterion, threshold):
+def exit_of(criterion, threshold, deepest):
+    """Options of `generate_adaptive`; the threshold of a schedule lists the loops of each token."""
     if criterion == "none":
-        return None
+        return {}
+    if criterion == "schedule":
+        loops = [int(count) for count in re.findall(r"\d+", threshold)]
+        return {"schedule": [min(max(count, 1), deepest) for count in loops]}
     threshold = None if threshold == "auto" else float(threshold)
-    return generation.Exit(criterion=criterion, threshold=threshold)
+    return {"exit": generation.Exit(criterion=criterion, threshold=threshold)}
 
 
 OPTIONS = {  # of the parallel sampler, with the original's names
@@ -258,10 +284,13 @@ def test_diffusion_forcing(case, model):
                 else None,
             )
         )
-        check_wave(case, run, steps)
+        recorded = 2 * (new + asked.get("headway", 1))
+        check_wave(case, run, steps, recorded)
 
 
-def check_wave(case, run, steps):
+def check_wave(case, run, steps, recorded: int):
+    """The original draws up tablets for so many steps before it begins, and the step in which it
+    gives up, beyond max_diffusion_steps, is in none: it does not count as a step either."""
     end = steps[-1]
     frozen = int(end.frozen[0])
     case.check(f"{run}:tokens", end.tokens[:, :frozen])
@@ -274,10 +303,12 @@ def check_wave(case, run, steps):
     case.check(f"{run}:recurrence_per_position", end.loops[:, :frozen])
     case.check(f"{run}:token_stable_per_position", end.stable[:, :frozen])
     width = case[f"{run}:token_tablet"].shape[1]
+    assert width >= int(end.length[0])
+    noted = steps[1:][: min(recorded, int(end.steps[0]))]
 
     def tablet(counts):
-        shown = np.stack([step.tokens[0, :width] for step in steps[1:]])
-        counts = np.stack([count[0] for count in counts])[1:, None]
+        shown = np.stack([step.tokens[0, :width] for step in noted])
+        counts = np.stack([count[0] for count in counts])[1 : len(noted) + 1, None]
         return np.where(np.arange(width) < counts, shown, 0)
 
     case.check(f"{run}:token_tablet", tablet([step.length for step in steps]))
@@ -285,15 +316,16 @@ def check_wave(case, run, steps):
 
 
 def test_speculative_decoding(case, model):
-    """Draft, lookahead and depth are those of the README."""
+    """Draft, lookahead, depth, cache and threshold of acceptance are those of the README."""
     name = "speculative_tokens"
     if name not in case:
         return
-    readme = (case.folder / "README.md").read_text()
-    said = re.search(
-        rf"`{name}`: draft_steps=(\d+), lookahead (\d+), verify r=(\d+), (\d+) new tokens", readme
+    line = said(case, rf"(`{name}`: .*)")
+    draft_depth, lookahead, depth, new = (
+        int(re.search(pattern, line)[1])
+        for pattern in (r"draft_steps=(\d+)", r"lookahead (\d+)", r"verify r=(\d+)", r"(\d+) new")
     )
-    draft_depth, lookahead, depth, new = map(int, said.groups())
+    accepted = re.search(r"threshold\W*(\d*\.?\d+)", line)
     *_, end = generation.generate_speculative(
         model,
         [prompt_of(case)],
@@ -301,6 +333,8 @@ def test_speculative_decoding(case, model):
         draft_depth=draft_depth,
         lookahead=lookahead,
         depth=depth,
+        threshold=float(accepted[1]) if accepted else 1.0,
+        strategy=re.search(r'lookup "([^"]+)"', line)[1],
         config=GREEDY,
     )
     case.check(name, end.tokens[:, : int(end.length[0])])
@@ -308,8 +342,7 @@ def test_speculative_decoding(case, model):
 
 def prompt_of(case) -> list[int]:
     """The prompt of row 0 that the README speaks of."""
-    readme = (case.folder / "README.md").read_text()
-    length = int(re.search(r"prompt = first (\d+) tokens", readme)[1])
+    length = int(said(case, r"prompt = first (\d+) tokens"))
     return case["input_ids"][0, :length].tolist()
 
 
@@ -322,14 +355,8 @@ def test_every_array_was_looked_at(case):
     case.assert_all_looked_at()
 
 
-def deepest(case) -> int:
-    """The number of loops at which the case decodes: its deepest logits."""
-    return max(int(name.removeprefix("logits_r")) for name in case.names("logits_r"))
-
-
-def shared_prefix(row, sequence) -> list[int]:
-    """The prompt: what the sequence shares with its row. A greedy token that agrees may count as
-    prompt."""
-    differs = [i for i, (a, b) in enumerate(zip(row, sequence, strict=False)) if a != b]
-    length = min([*differs, len(row), len(sequence) - 1])
-    return [int(token) for token in sequence[:length]]
+def said(case, pattern: str) -> str:
+    """What the case's README says where the pattern matches."""
+    match = re.search(pattern, (case.folder / "README.md").read_text())
+    assert match, f"the README of {case.folder.name} says nothing like {pattern}"
+    return match[1]

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 import jaxrec
-from jaxrec.models.huginn import HUGINN_3_5B, TINY, HuginnConfig
+from jaxrec.models.huginn import HUGINN_3_5B, TINY, HuginnConfig, Latent
 from jaxrec.ops import attention
+from jaxrec.ops.depth.noise import LatentNoise
 from tests.laws import equations
 from tests.models import toy
 from tests.models.toy import run
@@ -162,6 +163,32 @@ def test_depth_may_be_continued_from_a_latent_state(model):
     continued, whole, steps = both(model)
     assert steps == 1
     np.testing.assert_allclose(continued, whole, atol=TOLERANCE)
+
+
+def test_noise_comes_before_the_adapter_and_is_normed_as_the_core_norms_its_last_sum(model):
+    """A loop with noise is one without, from N4((1 - w) s + w g), w = level sqrt(2/5) / (i + 1)."""
+    level, loop = 0.7, 2
+    view, _ = attention.open_view(None, TOKENS.shape)
+    keys = jax.vmap(jax.random.split, in_axes=(0, None))(jax.random.split(jax.random.key(5)), 9)
+
+    @jax.jit
+    def after(model, latent, noise_keys):
+        injected = model.inject(model.embed(TOKENS, view)[0])
+        z = Latent(latent, None, jnp.int32(loop))
+        noise = None if noise_keys is None else LatentNoise(level, "geom")
+        return model.loop(z, injected, view, noise=noise, noise_keys=noise_keys).state
+
+    drawn = np.zeros_like(LATENT)
+    for row, t in np.ndindex(*TOKENS.shape):
+        key = jax.random.split(jax.random.fold_in(keys[row, t], loop))[1]
+        drawn[row, t] = jax.random.normal(key, (16,))
+    weight = level * np.sqrt(2 / 5) / (loop + 1)
+    mixed = (1 - weight) * LATENT.astype(np.float64) + weight * drawn
+    rms = np.sqrt(np.mean(mixed**2, axis=-1, keepdims=True) + SMALLEST.norm_epsilon)
+    noisy = mixed / rms * np.asarray(model.core.mlp_out_norm.scale[...])[-1]
+    got, plain = after(model, LATENT, keys), after(model, noisy.astype(np.float32), None)
+    np.testing.assert_allclose(got, plain, atol=TOLERANCE)
+    assert np.max(np.abs(got - after(model, LATENT, None))) > 0.01
 
 
 def test_the_gradient_passes_through_the_last_loops_only(model):

@@ -76,6 +76,14 @@ def test_bos_is_the_configured_one_then_a_usual_name_then_none(tmp_path):
     assert HFTokenizer(train_tokenizer(tmp_path / "other.json", [])).bos is None
 
 
+def test_eos_is_found_like_bos(tmp_path):
+    usual = HFTokenizer(train_tokenizer(tmp_path / "tokenizer.json", ["<s>", "<pad>", "</s>"]))
+    assert (usual.bos, usual.eos) == (0, 2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<pad>"}))
+    assert HFTokenizer(tmp_path).eos == 1
+    assert HFTokenizer(train_tokenizer(tmp_path / "other.json", [])).eos is None
+
+
 @pytest.mark.parametrize("text", [TEXT, "", "plain", "🦊🦊", "\ufffd"])
 @pytest.mark.parametrize("spec", ["bytes", "hf"])
 def test_text_streams_out_by_whole_characters(tokenizer_file, spec, text):

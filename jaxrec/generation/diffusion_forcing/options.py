@@ -19,7 +19,8 @@ class DiffusionForcing:
     noise: float = 0.0  # part of the latent states that becomes noise before each outer step
     dampened: bool = True  # noise / (1 + loops that the position had)
     sqrt_mixer: bool = False  # sqrt(1 - b) S + sqrt(b) z instead of (1 - b) S + b z
-    headway: int = 1  # new positions per outer step; guesses of all but the first are random
+    headway: int = 1  # new positions per outer step; guesses of all but the first are random, from
+    # the whole vocabulary (the original leaves out the last 26 tokens of its own)
     continuous: bool = False  # new positions begin at the last latent states
     max_wavefront: int = 128  # largest window in positions; 0: the context
     full_prefill: bool = True  # prompts run at full depth first; otherwise they begin the window

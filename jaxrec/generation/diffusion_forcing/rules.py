@@ -28,7 +28,12 @@ class Stretch(NamedTuple):
 
 
 def by_schedule(steps: Array, delay: int, start: Array, count: Array) -> Array:
-    """Rule "fixed": the first `count` positions, in every step after the first `delay`."""
+    """Rule "fixed": the first `count` positions, in every step after the first `delay`.
+
+    Where a full window grows by less than the headway, the original freezes as many tokens as it
+    grew by, none at worst, while its cache moves on by the headway, so that states and positions
+    part. Here both move by `count`, the headway or what the window holds.
+    """
     return jnp.where(steps > delay, start + count, 0)
 
 

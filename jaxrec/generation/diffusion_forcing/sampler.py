@@ -64,7 +64,8 @@ def generate_diffusion(
     """Continues prompts; yields what has become final after every `stride` outer steps.
 
     A row may end with more tokens frozen than were asked for; `new_tokens` leaves them out. Where
-    the front of the window reaches the end of the context, the row ends early.
+    the front of the window passes the end of the context, the row ends early, as in the original,
+    and more new tokens may be asked for than fit.
 
     Args:
       model: a looped model.
@@ -78,7 +79,8 @@ def generate_diffusion(
       key: randomness of the draws and of random guesses; not needed at temperature 0.
       latent_key: randomness of latent states and of noise; None begins at zero.
       tape: recorded draws of a single row instead of `latent_key`.
-      stop_tokens: a row ends before any of these.
+      stop_tokens: a row ends before any of these, from its first step on; the original looks for
+        them only after `depth` outer steps.
       stride: outer steps between two yields.
 
     Raises:
@@ -92,7 +94,7 @@ def generate_diffusion(
         options, strategy=options.strategy or f"latest-m{core}-compress-s{core}"
     )
     assert options.strategy is not None, "it was just set"
-    check_looped(model, prompts, max_new_tokens, depth, options.strategy)
+    check_looped(model, prompts, max_new_tokens, depth, options.strategy, may_end_early=True)
     keys = RowKeys.of(len(prompts), config, key, latent_key)
     if tape is not None and len(prompts) != 1:
         raise UserError(f"generate: a tape is that of one row, got {len(prompts)} prompts.")

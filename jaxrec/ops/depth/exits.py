@@ -41,6 +41,7 @@ class Exit:
     threshold: float | None = None  # None: the published one
     min_loops: int = 1  # first looked at after so many loops
     every: int = 1  # and then after every so many
+    in_prompt: bool = True  # also while a prompt is read; otherwise that has its full depth
 
     def __post_init__(self) -> None:
         if self.criterion not in get_args(Criterion):

@@ -31,6 +31,15 @@ _BOS_NAMES = (
     "<|startoftext|>",
     "<|endoftext|>",
 )
+_EOS_NAMES = (
+    "<|end_of_text|>",
+    "<|end_text|>",
+    "<eos>",
+    "</s>",
+    "[EOS]",
+    "<|eos|>",
+    "<|endoftext|>",
+)
 
 
 class Tokenizer(Protocol):
@@ -40,6 +49,7 @@ class Tokenizer(Protocol):
       name: how `load_tokenizer` finds it again: 'bytes', or a path.
       vocab_size: ids are 0 .. vocab_size - 1.
       bos: the id that begins a document, or None.
+      eos: the id that ends one, or None; where documents were only begun, the same as bos or None.
       concatenative: the decoding of a sequence is the concatenation of the decoded tokens.
       sha256: equal for tokenizers that are the same, wherever their files lie.
     """
@@ -47,6 +57,7 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     bos: int | None
+    eos: int | None
     concatenative: bool
     sha256: str
 
@@ -69,6 +80,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     bos: int | None = _BOS
+    eos: int | None = None
     concatenative = True
     sha256 = hashlib.sha256(b"bytes").hexdigest()
 
@@ -90,7 +102,8 @@ class HFTokenizer:
     """A Hugging Face fast tokenizer: a `tokenizer.json`, or a folder that holds one.
 
     Needs the extra `hf`. The token that begins a document is what `tokenizer_config.json` beside it
-    calls `bos_token`, else the first of the usual names in the vocabulary, else there is none.
+    calls `bos_token`, else the first of the usual names in the vocabulary, else there is none; the
+    token that ends one likewise, by `eos_token`.
 
     Raises:
       UserError: the extra is not installed, the file is missing, or it is not a tokenizer.
@@ -121,10 +134,12 @@ class HFTokenizer:
             raise UserError(f"{self.path} has an empty vocabulary. Expected a trained tokenizer.")
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
-        names = (_configured_bos(self.path.parent), *_BOS_NAMES)
-        self.bos: int | None = next(
-            (vocabulary[name] for name in names if name in vocabulary), None
-        )
+        self.bos: int | None = self._special(vocabulary, "bos_token", _BOS_NAMES)
+        self.eos: int | None = self._special(vocabulary, "eos_token", _EOS_NAMES)
+
+    def _special(self, vocabulary: dict[str, int], kind: str, usual: tuple[str, ...]) -> int | None:
+        names = (_configured(self.path.parent, kind), *usual)
+        return next((vocabulary[name] for name in names if name in vocabulary), None)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the ids of a text, uint32 (t,); bytes that are not UTF-8 become U+FFFD."""
@@ -221,12 +236,14 @@ def _tokenizer_file(path: str | Path) -> Path:
     return file
 
 
-def _configured_bos(folder: Path) -> str | None:
-    """The `bos_token` of a folder's `tokenizer_config.json`: a string, or in its `content`."""
+def _configured(folder: Path, kind: str) -> str | None:
+    """A special token in a folder's `tokenizer_config.json`, such as the `bos_token`: a string, or
+    in its `content`.
+    """
     try:
         config = read_json(folder / _CONFIG_FILE)
     except UserError:
         return None
-    token = config.get("bos_token") if isinstance(config, dict) else None
+    token = config.get(kind) if isinstance(config, dict) else None
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
