@@ -50,7 +50,7 @@ class System(NamedTuple):
     peer: str  # the stem of its class names in transformers
     config: Callable[[Sizes], Any]
     beside: tuple["bench.ModelPart", ...] = ("forward", "both", "decode")  # what transformers runs
-    figure: Mapping["bench.ModelPart", float] = MappingProxyType({})  # tokens/s, measured once
+    figure: Mapping[str, float] = MappingProxyType({})  # tokens/s, measured once
 
 
 SYSTEMS: dict[str, System] = {
