@@ -16,6 +16,7 @@ from jaxrec.errors import UserError, nearest
 Part = Literal["step", "remat", "depth", "decode"]
 ModelPart = Literal["forward", "both", "decode"]
 Rule = Literal["gated", "delta"]
+Decay = Literal["none", "head", "key"]
 RecurrentSystem = Literal["mamba", "mamba2", "recurrentgemma", "rwkv", "xlstm"]
 
 
@@ -53,6 +54,8 @@ class MatrixArguments(Options):
     """Steps that are worked on together."""
     rules: tuple[Rule, ...] = ("gated", "delta")
     """What a step does to the state."""
+    decays: tuple[Decay, ...] = ("head",)
+    """Decays of the state: none, one for each head, or one for each channel of its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

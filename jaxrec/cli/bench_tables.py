@@ -110,12 +110,19 @@ def _scan_lengths(report: Report) -> Table:
     )
 
 
+DECAYS = {"none": "no decay", "head": "a decay for each head", "key": "a decay for each key"}
+
+
 def _matrix(report: Report) -> list[Table]:
-    """One table per rule and pass: a row per candidate, a column per length."""
+    """One table per rule, decay and pass: a row per candidate, a column per length."""
     sizes, found = report["sizes"], []
     lengths = list(dict.fromkeys(x["time"] for x in report["results"]))
-    for rule in dict.fromkeys(x["rule"] for x in report["results"]):
-        records = [x for x in report["results"] if x["rule"] == rule]
+
+    def kind(x: Mapping[str, str]) -> tuple[str, str]:
+        return x["rule"], x.get("decay", "head")  # a file from before there was a choice
+
+    for rule, decay in dict.fromkeys(map(kind, report["results"])):
+        records = [x for x in report["results"] if kind(x) == (rule, decay)]
         for part, what in (("forward", "forward"), ("both", "forward + backward")):
             rows = []
             for name in dict.fromkeys(x["candidate"] for x in records):
@@ -125,7 +132,7 @@ def _matrix(report: Report) -> list[Table]:
                 rows.append(row)
             title = (
                 f"Matrix scan, {rule} rule, {what}; b = {sizes['batch']}, h = {sizes['heads']},"
-                f" k = {sizes['keys']}, v = {sizes['values']}, a decay for each head"
+                f" k = {sizes['keys']}, v = {sizes['values']}, {DECAYS[decay]}"
             )
             columns = " | ".join(f"t = {time:,} ms | temp MiB" for time in lengths)
             found.append(Table(title, f"steps | {columns}", rows))
@@ -292,6 +299,7 @@ def _decode(records: list[Any], report: Report) -> Table:
 def _models(report: Report) -> list[Table]:
     """One table."""
     sizes, rows = report["sizes"], []
+    has_figures = any("figure_to_ours" in x for x in report["results"])
     for x in report["results"]:
         theirs = ["-", "-", "-"]
         if "transformers" in x:
@@ -310,6 +318,7 @@ def _models(report: Report) -> list[Table]:
                 f"{x['jaxrec']['tokens_per_s']:,.0f}",
                 _pair(x["jaxrec"], "s", 3),
                 *theirs,
+                *([_figure(x)] if has_figures else []),
                 *compiled,
             ]
         )
@@ -321,9 +330,14 @@ def _models(report: Report) -> list[Table]:
     )
     columns = (
         "model | what | tokens/s | s | transformers tokens/s | transformers s"
-        f" | transformers / ours | {BOUND} | compile s | temp MiB"
+        f" | transformers / ours |{' figure / ours |' if has_figures else ''} {BOUND} | compile s"
+        " | temp MiB"
     )
     return [Table(title, columns, rows)]
+
+
+def _figure(x: Mapping[str, float]) -> str:
+    return f"{x['figure_to_ours']:.2f}" if "figure_to_ours" in x else "-"
 
 
 def _selective_memory(report: Report) -> list[Table]:

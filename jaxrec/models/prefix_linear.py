@@ -5,6 +5,11 @@
 A mixer is prefix linear attention, attention over a window of the last tokens with rotary
 positions, or a gated short convolution; the published models have a few of the first two.
 
+Training reads the first part of a text as a prefix, with some of its tokens masked, and the rest
+causally:
+
+    loss = mean_{t after the prefix} -log p(x_{t+1}) + w mean_{t masked} -log p(x_t)
+
 Arora et al., Just read twice: closing the recall gap for recurrent language models (2024),
 arXiv:2407.05483. Of the published layers only the prefix linear attention could be checked against
 the original; there is no conversion.
@@ -15,8 +20,10 @@ import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+import optax
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from jaxrec.config import above, at_least, multiple_of
 from jaxrec.layers.attention import Attention
@@ -51,13 +58,21 @@ class PrefixLMConfig(Unlooped):
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
     reads_prefix: bool = True  # generation reads prompts as a prefix; False: causally
+    prefix_share: float = 0.5  # of a training sequence, if prompts are read as a prefix
+    mask_share: float = 0.15  # of the prefix, in training
+    mask_weight: float = 0.25  # w, of the masked-token loss
     context: int = 2048  # longest sequence in training; the state itself has no limit
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "width", "mlp_width", "feature_width", "window")
         at_least(self, 1, "conv_expand", "context")
         at_least(self, 2, "conv_width")
-        at_least(self, 0, "norm_epsilon")
+        at_least(self, 0, "norm_epsilon", "mask_weight")
+        if not (0 <= self.prefix_share < 1 and 0 <= self.mask_share <= 1):
+            raise ValueError(
+                "PrefixLMConfig: prefix_share must lie within [0, 1) and mask_share within [0, 1],"
+                f" got {self.prefix_share} and {self.mask_share}."
+            )
         above(self, 0, "rotary_base")
         multiple_of(self, "heads", "width")
         if not self.mixers or not set(self.mixers) <= set(get_args(Mixer)):
@@ -73,6 +88,21 @@ class PrefixLMConfig(Unlooped):
     def head_width(self) -> int:
         """Channels of one head."""
         return self.width // self.heads
+
+    @property
+    def mask_token(self) -> int:
+        """What stands for a masked token: the last of the vocabulary, so text should not use it."""
+        return self.vocab_size - 1
+
+    def text_prefix(self, segment_ids: Array) -> Array | None:
+        """What training and evaluation give as the prefix of each row of text, bool (b t): its
+        first part, or less where the first document of the row ends before; None: nothing.
+        """
+        length = int(self.prefix_share * segment_ids.shape[1])
+        if not (self.reads_prefix and length):
+            return None
+        place = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+        return (place < length) & (segment_ids == segment_ids[:, :1])
 
     def build(self, *, rngs: nnx.Rngs) -> "PrefixLM":
         """A freshly initialised model."""
@@ -228,6 +258,29 @@ class PrefixLM(nnx.Module):
         if state is None or cache is None:
             return logits, None
         return logits, PrefixLMState(tuple(after), cache, segment_ids[:, -1])
+
+    def train_call(
+        self, tokens: Array, *, key: Array, prefix: Array | None = None, **options: Any
+    ) -> tuple[Array, Array | None]:
+        """Logits after a prefix of which a share is masked, and w times the mean masked-token loss,
+        the same for every token, so that it joins the mean of the next-token loss whatever that is
+        taken over; None without a prefix or a share. See `models.protocol`.
+        """
+        config = self.config
+        if prefix is None or not config.mask_share:
+            return self(tokens, prefix=prefix, **options)[0], None
+        masked = mask(prefix, config.mask_share, key)
+        seen = jnp.where(masked, config.mask_token, tokens)
+        logits, _ = self(seen, prefix=prefix, **options)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+        count = jnp.sum(masked, dtype=losses.dtype)
+        mean = jnp.sum(jnp.where(masked, losses, 0)) / jnp.maximum(count, 1)
+        return logits, jnp.broadcast_to(config.mask_weight * mean, tokens.shape)
+
+
+def mask(prefix: Array, share: float, key: Array) -> Array:
+    """The tokens of a prefix, bool (b t), that are masked: each with the probability `share`."""
+    return prefix & jax.random.bernoulli(key, share, prefix.shape)
 
 
 def _run(block: ResidualBlock, x: Array, state: Any, **options: Any) -> tuple[Array, Any]:

@@ -99,6 +99,14 @@ def training_call(
     return model(tokens, **options)[0], None
 
 
+def text_prefix(config: LanguageModelConfig, segment_ids: Array) -> Array | None:
+    """What of a text with segments (b t) is only given, bool (b t): models that are trained to go
+    on from a prefix have it as their argument `prefix`, and are not asked for the tokens that
+    follow those of the prefix. None for others.
+    """
+    return config.text_prefix(segment_ids) if hasattr(config, "text_prefix") else None
+
+
 def prefix_inputs(config: LanguageModelConfig, prompt: Array) -> dict[str, Any]:
     """`prefix` for models that read a prompt, bool (b t), without causality; none for others."""
     return {"prefix": prompt} if getattr(config, "reads_prefix", False) else {}

@@ -34,18 +34,3 @@ def cross_entropy(logits: Array, labels: Array, penalty: Array | None = None) ->
     """
     losses, counts = token_losses(logits, labels, penalty)
     return jnp.sum(losses) / jnp.maximum(jnp.sum(counts, dtype=losses.dtype), 1)
-
-
-def prefix_loss(logits: Array, labels: Array, masked: Array, *, weight: float = 0.25) -> Array:
-    """Next-token loss after a prefix plus a share of the masked-token loss inside it, each a mean
-    over its own labels, in nats.
-
-    Args:
-      logits: (b t vocab), float32.
-      labels: int (b t), the token that follows, IGNORED inside the prefix.
-      masked: int (b t), the token that was masked out here, IGNORED elsewhere.
-      weight: of the masked-token loss.
-
-    Arora et al., Just read twice (2024), arXiv:2407.05483, section 4.
-    """
-    return cross_entropy(logits, labels) + weight * cross_entropy(logits, masked)

@@ -14,9 +14,15 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrec.models.protocol import LanguageModelConfig, loop_inputs, training_call
+from jaxrec.models.protocol import (
+    LanguageModelConfig,
+    loop_inputs,
+    text_prefix,
+    training_call,
+)
 from jaxrec.training import optim, sharding
 from jaxrec.training.config import TrainConfig
+from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.losses import token_losses
 from jaxrec.training.sharding import OnMesh
 
@@ -86,11 +92,15 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         model = computing(params)
         options = loop_inputs(model_config, depth, key)
         options |= {"segment_ids": batch["segment_ids"], "remat": config.remat}
+        labels, prefix = batch["labels"], text_prefix(model_config, batch["segment_ids"])
+        if prefix is not None:
+            options["prefix"] = prefix
+            labels = jnp.where(prefix, IGNORED, labels)
         if training:
             logits, penalty = training_call(model, batch["inputs"], key, options)
         else:
             logits, penalty = model(batch["inputs"], **options)[0], None
-        losses, counts = token_losses(logits, batch["labels"], penalty)
+        losses, counts = token_losses(logits, labels, penalty)
         return jnp.sum(losses), jnp.sum(counts, dtype=losses.dtype)
 
     def loss(params: Any, batch: Batch, depth: Array, key: Array) -> Array:

@@ -1,6 +1,7 @@
 """`jaxrec bench`: what it refuses to time, what it writes, and that every part of it runs."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ from jaxrec.cli import (
     bench_models,
     bench_newton,
     bench_scan,
+    bench_tables,
     bench_train,
     main,
     passes,
@@ -151,6 +153,40 @@ def test_matrix_writes_what_it_prints(tmp_path, capsys):
     assert "Matrix scan, delta rule" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # twelve programs to compile
+def test_a_matrix_scan_is_timed_with_every_decay(tmp_path, capsys):
+    words = ["--smoke", "--rules", "gated", "--decays", "none", "head", "key"]
+    out = tmp_path / "matrix.json"
+    assert main.main(["bench", "matrix", *words, "--json", "--out", str(out)]) == 0
+    _, *records = json_lines(capsys.readouterr().out)
+    assert [x["decay"] for x in records] == ["none", "none", "head", "head", "key", "key"]
+    timing.publish(json.loads(out.read_text()), as_json=False, out=None)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("no decay", "for each head", "for each key"))
+
+
+def test_a_model_is_timed_against_its_figure():
+    """The figure is one of the published sizes, so the small ones of a test have none."""
+    report = {
+        "sizes": dataclasses.asdict(bench_models.Sizes()),
+        "transformers": None,
+        "results": [
+            {
+                "system": "xlstm",
+                "part": part,
+                "jaxrec": {"tokens_per_s": 242.0, "median_s": 1.0, "least_s": 1.0},
+            }
+            | figure
+            for part, figure in (("decode", {"figure_to_ours": 2.0}), ("both", {}))
+        ],
+    }
+    ((_, columns, rows),) = bench_tables.tables(report | {"benchmark": "models"})
+    column = [name.strip() for name in columns.split("|")].index("figure / ours")
+    assert [row[column] for row in rows] == ["2.00", "-"]
+    figure = {name: system.figure for name, system in bench_models.SYSTEMS.items()}
+    assert figure["xlstm"] == {"forward": 6937, "decode": 121}
+
+
 def test_a_wrong_matrix_scan_is_not_timed(monkeypatch, capsys):
     right = bench_matrix.candidates
 
@@ -163,7 +199,10 @@ def test_a_wrong_matrix_scan_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench_matrix, "candidates", wrong)
     monkeypatch.setattr(passes, "measure", None)  # calling it would fail
     assert bench.run(bench.MatrixArguments(smoke=True, rules=("gated",))) == 1
-    assert "gated, chunks of 8 is wrong: the gradient of v differs" in capsys.readouterr().err
+    assert (
+        "gated, decay: head, chunks of 8 is wrong: the gradient of v differs"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow  # twelve programs to compile

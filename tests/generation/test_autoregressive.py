@@ -14,8 +14,14 @@ from jaxrec.generation import STOPPED, SamplingConfig, complete, generate
 from jaxrec.generation.autoregressive import _decode
 from jaxrec.generation.sampling import Sampling, draw
 from jaxrec.models.huginn import HuginnConfig
+from jaxrec.models.linear_attention import LinearAttentionConfig
 from jaxrec.models.linear_rnn import LinearRNNConfig
+from jaxrec.models.mamba2 import Mamba2Config
+from jaxrec.models.pararnn import ParaRNNLMConfig
 from jaxrec.models.protocol import loop_inputs
+from jaxrec.models.rwkv import RWKVConfig
+from jaxrec.models.xlstm import XLSTMConfig
+from tests.models import toy
 
 VOCAB, CONTEXT = 40, 96
 CONFIGS = {
@@ -40,6 +46,18 @@ CONFIGS = {
         layers=2,
         context=CONTEXT,
     ),
+}
+# One layer of each further kind of state; packing and cutting them is tested with the models.
+SIZES = {"vocab_size": VOCAB, "width": 8, "layers": 1}
+DELTA = {"rule": "delta", "gate": "step", "conv_width": 3, "chunk": 4}
+FURTHER = {
+    "linear_attention": LinearAttentionConfig(
+        **SIZES, heads=2, key_width=4, value_width=4, mlp_width=8, **DELTA
+    ),
+    "mamba2": Mamba2Config(**SIZES, heads=2, head_width=4, state_size=4),
+    "pararnn": ParaRNNLMConfig(**SIZES, heads=2, mlp_width=8),
+    "rwkv": RWKVConfig(**SIZES, inner_width=8, mlp_width=8),
+    "xlstm": XLSTMConfig(**SIZES, heads=2, key_width=4, value_width=8, mlp_width=8),
 }
 PROMPTS = [[5], list(range(30)), [7, 7, 3, 9]]
 # Between what an untrained model repeats without end and what it draws whatever its scores.
@@ -103,6 +121,19 @@ def test_greedy_from_a_zero_latent_state_needs_no_key(model):
     assert rows == [
         reference(model, prompt, row, GREEDY, latent_key=None) for row, prompt in enumerate(PROMPTS)
     ]
+
+
+@pytest.mark.parametrize("config", FURTHER.values(), ids=FURTHER)
+def test_every_kind_of_state_writes_what_the_full_pass_scores_best(config):
+    model = toy.drawn(config)
+    prompts = [[5], [3, 1, 4, 1, 5, 9], [7, 7, 3]]
+    rows = complete(model, prompts, max_new_tokens=4, config=GREEDY)
+    padded = np.zeros((3, 9), np.int32)  # what comes later is not seen
+    for row, prompt, new in zip(padded, prompts, rows, strict=True):
+        row[: len(prompt) + 3] = prompt + new[:-1]
+    best = np.argmax(toy.run(model, padded)[0], axis=-1)
+    for row, prompt, new in zip(best, prompts, rows, strict=True):
+        assert row[len(prompt) - 1 :][:4].tolist() == new
 
 
 def test_depth_is_the_number_of_loops(looped):

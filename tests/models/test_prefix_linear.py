@@ -57,6 +57,8 @@ def test_generation_reads_the_prompt_as_a_prefix():
         ({"heads": 3}, "width must be a multiple of heads, got 16 and 3"),
         ({"width": 6}, "attention needs heads of even width, got 3"),
         ({"conv_width": 1}, "conv_width must be >= 2, got 1"),
+        ({"prefix_share": 1.0}, r"prefix_share must lie within \[0, 1\) .* got 1.0 and 0.15"),
+        ({"mask_share": 1.5}, r"mask_share within \[0, 1\], got 0.5 and 1.5"),
     ],
 )
 def test_what_does_not_fit_is_named(changed, message):

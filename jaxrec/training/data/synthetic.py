@@ -197,37 +197,3 @@ def permutations(examples: int, time: int, *, elements: int = 5, seed: int) -> T
 def _check_length(name: str, time: int) -> None:
     if time < 1:
         raise ValueError(f"{name}: t must be >= 1, got {time}.")
-
-
-class PrefixBatch(NamedTuple):
-    """What a model with a prefix is trained on, see `losses.prefix_loss`."""
-
-    inputs: np.ndarray  # int32 (b t), a share of the prefix masked
-    labels: np.ndarray  # int32 (b t): the token that follows, IGNORED inside the prefix
-    masked: np.ndarray  # int32 (b t): the token that was masked out here, or IGNORED
-
-
-def mask_prefix(
-    tokens: np.ndarray, length: int, mask_token: int, *, share: float = 0.15, seed: int
-) -> PrefixBatch:
-    """Masks a share of the first `length` of tokens (b t+1) and asks for them, and for every token
-    that follows one after them.
-
-    Raises:
-      ValueError: the prefix does not leave a token to predict, or the share is none.
-    """
-    time = tokens.shape[1] - 1
-    if not (0 <= length < time and 0 <= share <= 1):
-        raise ValueError(
-            f"mask_prefix: needs 0 <= length < {time} and a share within [0, 1], got {length} and"
-            f" {share}."
-        )
-    inputs, labels = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
-    hidden = np.random.default_rng(seed).random(inputs.shape) < share
-    hidden[:, length:] = False
-    ignored = np.int32(IGNORED)
-    return PrefixBatch(
-        np.where(hidden, np.int32(mask_token), inputs),
-        np.where(np.arange(time) < length, ignored, labels),
-        np.where(hidden, inputs, ignored),
-    )

@@ -180,18 +180,28 @@ def test_normalised_matrix_scan_of_shared_keys_equals_one_device():
         close(jax.jit(lambda case: scan(**case))(case), want)
 
 
-def test_heads_of_a_matrix_scan_may_lie_on_different_devices():
-    """The compiler needs no help: heads do not talk, so nothing is sent."""
-    case = matrix_inputs("delta", "head")
-    run = functools.partial(matrix_scan, rule="delta", chunk=8)
-    want = jax.jit(lambda case: run(**case))(case)
+@pytest.mark.parametrize(
+    "rule, decay", [("gated", "head"), ("gated", "key"), ("delta", "head"), ("delta", "key")]
+)
+def test_heads_of_a_matrix_scan_may_lie_on_different_devices(rule, decay):
+    """The compiler needs no help: heads do not talk, so nothing is sent, with the gradient too."""
+    case = matrix_inputs(rule, decay)
+    run = functools.partial(matrix_scan, rule=rule, chunk=8)
+
+    def pull_back(case, dy, dlast):
+        out, pull = jax.vjp(lambda case: run(**case), case)
+        return out, pull((dy, dlast))
+
+    cotangents = case["v"], case["state"]
+    want = jax.jit(pull_back)(case, *cotangents)
     devices = mesh({"model": HEADS})
     with jax.set_mesh(devices):
         heads_second = jax.NamedSharding(devices, jax.P(None, "model"))
         heads_third = jax.NamedSharding(devices, jax.P(None, None, "model"))
         places = {name: heads_second if name == "state" else heads_third for name in case}
-        program = jax.jit(lambda case: run(**case), in_shardings=(places,)).lower(case).compile()
-        close(program(jax.device_put(case, places)), want)
+        every = (places, heads_third, heads_second)
+        program = jax.jit(pull_back, in_shardings=every).lower(case, *cotangents).compile()
+        close(program(*jax.device_put((case, *cotangents), every)), want)
     assert "all-" not in program.as_text() and "collective" not in program.as_text()
 
 
