@@ -75,6 +75,7 @@ class System:
     read_config: Callable[[Mapping[str, Any]], Any]  # the original's config.json -> ours
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
+    hint: str = ""  # how to make config.json and tensors of an original that has other files
     ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
     prefix: str = ""  # of all names in the table, which a checkpoint may leave out in part
     # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
@@ -179,6 +180,7 @@ def load(system: str, directory: str | Path) -> Any:
         tensors are unused, missing or misshapen; the message names them.
     """
     table, folder = find(system), Path(directory)
+    _check_there(table, folder)
     config = _config(table, folder)
     return from_tensors(table, config, read_tensors(folder))
 
@@ -308,6 +310,18 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
         name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
         for name, value in tensors.items()
     }
+
+
+def _check_there(system: System, folder: Path) -> None:
+    """Says what a folder lacks and how it is made, of a system that has a hint.
+
+    Raises:
+      UserError: there is no config.json, or no safetensors file.
+    """
+    if system.hint and folder.is_dir():
+        for wanted in ("config.json", "*.safetensors"):
+            if not any(folder.glob(wanted)):
+                raise UserError(f"{system.name}: {folder} holds no {wanted}. {system.hint}")
 
 
 def _config(system: System, folder: Path) -> Any:
