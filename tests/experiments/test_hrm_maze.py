@@ -20,4 +20,5 @@ def test_the_full_scale_run_is_the_published_one():
     file = EXPERIMENTS / "hrm_maze" / "full_scale.yaml"
     _, arguments = parse(["jaxrec.models.hrm:MAZE_27M", "--config", str(file), "--data", "x"])
     assert arguments.model == MAZE_27M
+    assert arguments.train.data.epochs == 2000
     assert arguments.train.optimizer.weight_decay == arguments.train.puzzle_decay == 1.0
