@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.datasets import load_digits
 
 from jaxrec.layers.lssl import LSSLConfig
 from jaxrec.layers.s4d import S4DConfig
@@ -27,6 +26,7 @@ from jaxrec.training.classification import (
     train_classifier,
 )
 from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.data.digits import load_digits
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
@@ -68,10 +68,9 @@ def mixers(width: int, state: int) -> dict[str, Any]:
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """1797 images of 8 x 8 as rows of 64 numbers of zero mean, in a fixed random order."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    pixels = images[order].astype(np.float32) / 16
-    return (pixels - pixels.mean()) / pixels.std(), labels[order].astype(np.int32)
+    images, labels = load_digits()
+    pixels = images.reshape(len(images), -1)
+    return (pixels - pixels.mean()) / pixels.std(), labels
 
 
 def data_of(signal: np.ndarray, labels: np.ndarray) -> ClassificationData:
