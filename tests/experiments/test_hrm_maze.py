@@ -11,6 +11,7 @@ from tests.experiments.smoke import EXPERIMENTS, smoke
 def test_smoke(tmp_path):
     results = smoke("hrm_maze", tmp_path)
     assert len(results["exact"]) == 4 and results["puzzles"] == 10
+    assert len(results["path_marked"]) == len(results["marks_right"]) == 4
     assert [len(group["exact"]) for group in results["by_length"]] == [4] * 4
     lengths = [group["steps_of_path"] for group in results["by_length"]]
     assert lengths == sorted(lengths) and lengths[0][0] >= 1
