@@ -559,6 +559,7 @@ def path(method: str) -> Subject:
 
     def run(params: Any, x: Any, state: Any, reset: Any) -> Any:
         batch, time = x["s"].shape[:2]
+        x = x | {name: x[name].astype(jnp.float32) for name in "stmd"}
         dags = dag_batch([graph(time)] * batch)
         return dag_scan(*arguments(x, reset), dags, method=method), None
 
@@ -1307,6 +1308,8 @@ SUBJECTS = [
     mark("chunkwise"),
     mark("chunkwise", t=2, k=2, v=3, o=2, q=2),
     grid("sequential", "P"),
+    grid("rows", "P"),
+    grid("rows", "L", t=2, k=2, v=3, o=2, q=2),
     grid("parallel", "P", tile=4096),
     grid("parallel", "L", tile=4096, t=2, k=2, v=3, o=2, q=2),
     grid("parallel", "R", tile=2),

@@ -1,7 +1,8 @@
 """HRM on mazes: shortest paths found, by the number of segments and by their length.
 
 Trains a small model on made mazes with one shortest path, turned and mirrored, and asks it for
-others. Writes results.json and lengths.png; with --smoke, a few steps on tiny mazes and nothing is
+others. Writes results.json and lengths.png; a run with other options than the defaults joins the
+list `tried` of results.json instead; with --smoke, a few steps on tiny mazes and nothing is
 written. full_scale.yaml is the published run.
 """
 
@@ -29,31 +30,61 @@ from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
 BATCH = 32
+CHANGES: dict[str, Any] = {
+    "side": 8,
+    "learning_rate": PuzzleConfig().optimizer.learning_rate,
+    "low_backprop": 1,
+    "ema_decay": None,
+}
+"""What may be tried, and what it is by default."""
+LONG = ("by_length", "data", "versions")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2500, help="segments of training")
     parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
+    for name, value in CHANGES.items():
+        kind = float if value is None else type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
     options = parser.parse_args()
-    results = run(4 if options.smoke else options.steps, smoke=options.smoke)
-    text = json.dumps(results, indent=2)
-    print(text)
+    changes = {name: getattr(options, name) for name in CHANGES}
+    results = run(4 if options.smoke else options.steps, smoke=options.smoke, **changes)
     if not options.smoke:
-        (HERE / "results.json").write_text(text + "\n")
-        plot(results["by_length"], HERE / "lengths.png")
+        before = json.loads((HERE / "results.json").read_text())
+        if changes == CHANGES:
+            results["tried"] = before.get("tried", [])
+            plot(results["by_length"], HERE / "lengths.png")
+        else:
+            new = changes | {name: x for name, x in results.items() if name not in LONG}
+            results = before | {"tried": [*before.get("tried", []), new]}
+        (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
 
 
-def run(steps: int, *, smoke: bool) -> dict[str, Any]:
+def run(
+    steps: int,
+    *,
+    smoke: bool,
+    side: int,
+    learning_rate: float,
+    low_backprop: int,
+    ema_decay: float | None,
+) -> dict[str, Any]:
     """Trains, and scores held-out mazes by segment and by length."""
     began = time.perf_counter()
-    data, model = PuzzleDataConfig(source="maze-8x8", puzzles=1000, held_out=300), MAZE_8X8
+    side = 4 if smoke else side
+    data = PuzzleDataConfig(source=f"maze-{side}x{side}", puzzles=1000, held_out=300)
+    model = dataclasses.replace(MAZE_8X8, length=side * side, low_backprop=low_backprop)
     if smoke:
-        data = dataclasses.replace(data, source="maze-4x4", puzzles=20, held_out=10)
-        model = dataclasses.replace(model, length=16)
+        data = dataclasses.replace(data, puzzles=20, held_out=10)
     config = PuzzleConfig(
         name="run", steps=steps, batch=BATCH, eval_every=0, save_every=0, data=data
     )
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=learning_rate, ema_decay=ema_decay
+    )
+    config = dataclasses.replace(config, optimizer=optimizer)
     with tempfile.TemporaryDirectory() as runs:
         outcome = train_puzzles("MAZE", model, config, runs=Path(runs), stream=sys.stderr)
     if outcome.evaluation is None:
@@ -63,27 +94,35 @@ def run(steps: int, *, smoke: bool) -> dict[str, Any]:
         "steps": steps,
         "batch": BATCH,
         **dataclasses.asdict(outcome.evaluation),
-        "by_length": by_length(outcome.model, outcome.data),
+        **by_length(outcome.model, outcome.data),
         "seconds": round(time.perf_counter() - began, 1),
         "data": outcome.run.data,
         "versions": versions(),
     }
 
 
-def by_length(model: HRM, data: PuzzleData) -> list[dict[str, Any]]:
-    """Shares of held-out mazes solved after each segment, in four groups by length of path."""
+def by_length(model: HRM, data: PuzzleData) -> dict[str, Any]:
+    """Shares of held-out mazes solved after each segment, in four groups by length of path; and of
+    all their paths, what share is marked after each, and what share of the marks is right.
+    """
     count = len(data.valid.inputs)
     rows = data.held_out(count)(0)
     found = jax.jit(pondering.solve)(model, Rows(*map(jnp.asarray, rows)))
     solved, steps = np.asarray(found.solved), 1 + np.sum(rows.labels == mazes.PATH, axis=1)
+    path, marked = rows.labels == mazes.PATH, np.asarray(found.answers) == mazes.PATH
+    right = np.sum(marked & path, axis=(1, 2))
     groups = np.array_split(np.argsort(steps, kind="stable"), 4)
-    return [
-        {
-            "steps_of_path": [int(steps[group[0]]), int(steps[group[-1]])],
-            "exact": np.mean(solved[:, group], axis=1).tolist(),
-        }
-        for group in groups
-    ]
+    return {
+        "path_marked": (right / np.sum(path)).tolist(),
+        "marks_right": (right / np.maximum(np.sum(marked, axis=(1, 2)), 1)).tolist(),
+        "by_length": [
+            {
+                "steps_of_path": [int(steps[group[0]]), int(steps[group[-1]])],
+                "exact": np.mean(solved[:, group], axis=1).tolist(),
+            }
+            for group in groups
+        ],
+    }
 
 
 def plot(groups: list[dict[str, Any]], path: Path) -> None:

@@ -162,13 +162,16 @@ def _grid(report: Report) -> list[Table]:
                     ratio = 1e3 * took["figure_s"] / took["median_ms"]
                     figures = [f"{took['figure_s']:.2f}", f"{ratio:.1f}"]
                     figures.append(f"{took['figure_compile_s']:.0f}")
-                rows.append([f"{x['side']} x {x['side']}", what, *_pass(took), *figures])
+                size, peak = f"{x['side']} x {x['side']}", _mib(took.get("peak_mib"))
+                rows.append([size, what, *_pass(took), peak, *figures])
     title = (
         f"pLSTM's classifier of images, batch {sizes['batch']}, width {sizes['width']},"
         f" {sizes['layers']} blocks of two halves, patches of {sizes['patch']}; the figures are"
         " those of the authors' JAX code on a machine of this kind"
     )
-    columns = "images | what | ms | compile s | temp MiB | figure s | figure / ours"
+    if "torch_figure_s" in report:
+        title += f", where their PyTorch took {report['torch_figure_s']:.2f} s at one of the sizes"
+    columns = "images | what | ms | compile s | temp MiB | peak MiB | figure s | figure / ours"
     found.append(Table(title, f"{columns} | figure compile s", rows))
     return found
 

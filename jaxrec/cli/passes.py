@@ -86,6 +86,7 @@ def measure(candidates: Mapping[str, Function], inputs: Any, rounds: int) -> dic
                 "least_ms": 1e3 * times[f"{name}, {part}"].least,
                 "compile_s": programs[name, part].compile_seconds,
                 "temp_mib": programs[name, part].temp_mib,
+                "peak_mib": programs[name, part].peak_mib,
             }
             for part in ("forward", "both")
         }

@@ -56,6 +56,7 @@ class Program:
     temp_mib: (
         float | None
     )  # scratch memory of a call beyond arguments and results; None: not reported
+    peak_mib: float | None  # arguments, results and scratch memory together
 
 
 def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
@@ -65,7 +66,11 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
     compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    return Program(compiled, seconds, None if memory is None else memory.temp_size_in_bytes / MIB)
+    if memory is None:
+        return Program(compiled, seconds, None, None)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    return Program(compiled, seconds, temporary / MIB, (held + temporary) / MIB)
 
 
 def race(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:

@@ -82,6 +82,7 @@ class System:
     read_config: Callable[[Mapping[str, Any]], Any]  # the original's config.json -> ours
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]  # our configuration -> the table
+    hint: str = ""  # how to make config.json and tensors of an original that has other files
     ignored: tuple[str, ...] = ()  # tensors of the original that hold nothing learned
     prefix: str = ""  # of all names in the table, which a checkpoint may leave out in part
     # Tensors that a checkpoint may hold although they only repeat another one: name -> the other.
@@ -193,6 +194,7 @@ def load(system: str, directory: str | Path) -> Any:
     has_config = (folder / "config.json").exists()
     if table.other_layouts and not has_config and any(folder.glob("*.safetensors")):
         _check_layout(table, read_tensors(folder))  # a layout that has no such file
+    _check_there(table, folder)
     config = _config(table, folder)
     return from_tensors(table, config, read_tensors(folder))
 
@@ -363,6 +365,18 @@ def to_tensors(system: System, model: Any, parameters: Any = None) -> dict[str, 
         name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
         for name, value in tensors.items()
     }
+
+
+def _check_there(system: System, folder: Path) -> None:
+    """Says what a folder lacks and how it is made, of a system that has a hint.
+
+    Raises:
+      UserError: there is no config.json, or no safetensors file.
+    """
+    if system.hint and folder.is_dir():
+        for wanted in ("config.json", "*.safetensors"):
+            if not any(folder.glob(wanted)):
+                raise UserError(f"{system.name}: {folder} holds no {wanted}. {system.hint}")
 
 
 def _config(system: System, folder: Path) -> Any:

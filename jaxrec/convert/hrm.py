@@ -1,9 +1,7 @@
 """HRM checkpoints (arXiv:2506.21734).
 
-The original saves a pickle of its compiled model and a YAML file. Where it came from, write the
-tensors with `safetensors.torch.save_file(torch.load(file, weights_only=True), "model.safetensors")`
-and beside them, as config.json, the fields of `arch` together with seq_len, vocab_size and
-num_puzzle_identifiers of the data's dataset.json.
+The original saves a pickle of its compiled model, step_N, and all_config.yaml; `SYSTEM.hint` says
+what to make of them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from jaxrec.models.hrm import HRMConfig, Normaliser, Positions
 
 REQUIRED = {
     "seq_len": "length",
-    "puzzle_emb_ndim": "puzzle_width",
     "num_puzzle_identifiers": "puzzles",
     "vocab_size": "vocab_size",
     "H_cycles": "high_cycles",
@@ -29,23 +26,46 @@ REQUIRED = {
     "halt_max_steps": "max_segments",
     "halt_exploration_prob": "exploration",
 }
-OPTIONAL = {"rms_norm_eps": "norm_epsilon", "rope_theta": "rotary_base"}
+OPTIONAL = {
+    "puzzle_emb_ndim": "puzzle_width",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+}
 POSITIONS: dict[str, Positions] = {"rope": "rotary", "learned": "learned"}
 LOSSES: dict[str, Normaliser] = {
     "stablemax_cross_entropy": "stablemax",
     "softmax_cross_entropy": "softmax",
 }
-UNUSED = ("batch_size", "forward_dtype", "name", "loss")  # how it was trained
+UNUSED = ("batch_size", "forward_dtype", "name")  # how it was trained
 
 
 def _chosen(data: Mapping[str, Any], name: str, table: Mapping[str, str]) -> str:
-    if data[name] not in table:
+    if not isinstance(data[name], str) or data[name] not in table:
         raise UserError(f"hrm: {name} must be of {', '.join(table)}, got {data[name]!r}.")
     return table[data[name]]
 
 
+def _flattened(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with those of `loss`, which holds the name of its class and loss_type, among them.
+
+    Raises:
+      UserError: it holds something else, or another loss_type than the one beside it.
+    """
+    data = dict(data)
+    loss = data.pop("loss", {})
+    if not isinstance(loss, Mapping) or not loss.keys() <= {"name", "loss_type"}:
+        raise UserError(f"hrm: loss must hold name and loss_type and nothing else, got {loss!r}.")
+    if "loss_type" in loss and data.setdefault("loss_type", loss["loss_type"]) != loss["loss_type"]:
+        raise UserError(
+            f"hrm: loss_type is {data['loss_type']!r}, but {loss['loss_type']!r} within loss."
+        )
+    return data
+
+
 def _read_config(data: Mapping[str, Any]) -> HRMConfig:
-    fields.check_names("hrm", data, [*OPTIONAL, *UNUSED, "loss_type"], [*REQUIRED, "pos_encodings"])
+    known = [*OPTIONAL, *UNUSED, "loss_type", "loss"]
+    fields.check_names("hrm", data, known, [*REQUIRED, "pos_encodings"])
+    data = _flattened(data)
     ours = {field: data[name] for name, field in (REQUIRED | OPTIONAL).items() if name in data}
     ours["positions"] = _chosen(data, "pos_encodings", POSITIONS)
     if "loss_type" in data:
@@ -103,6 +123,13 @@ def _rules(config: HRMConfig) -> list[Rule]:
 
 SYSTEM = System(
     name="hrm",
+    hint=(
+        "The original saves step_N, a pickle, which could run code and is not read, and"
+        " all_config.yaml. Where they came from, write the tensors with"
+        " safetensors.torch.save_file(torch.load('step_N', weights_only=True,"
+        " map_location='cpu'), 'model.safetensors'), and beside them, as config.json, the fields of"
+        " arch with seq_len, vocab_size and num_puzzle_identifiers of the data's dataset.json."
+    ),
     read_config=_read_config,
     write_config=_write_config,
     rules=_rules,

@@ -242,6 +242,9 @@ class PuzzleDataConfig:
     clues: tuple[int, int] | None = None
     """Least and most clues of a made Sudoku; None: 8 to 10 of 4 x 4, and of others as few as keep
     one solution."""
+    epochs: int | None = None
+    """Epochs that are joined before batches are cut, of which the last, incomplete one is dropped,
+    >= 1; None: as few as fill a batch. The original joins those between two evaluations."""
     seed: int = 0
     """Seed of made puzzles and of copies, >= 0."""
 
@@ -250,6 +253,8 @@ class PuzzleDataConfig:
             _at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("augmentations", "seed"):
             _at_least(f"data.{name}", getattr(self, name) or 0, 0)
+        if self.epochs is not None:
+            _at_least("data.epochs", self.epochs, 1)
         if not self.source:
             raise UserError("data.source is empty; expected a name or a folder.")
 
@@ -260,7 +265,12 @@ class PuzzleConfig(RunConfig):
     puzzles on two CPU cores.
     """
 
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "puzzle_rate", "puzzle_decay")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FIXED,
+        "puzzle_rate",
+        "puzzle_decay",
+        "data.epochs",
+    )
 
     batch: int = 64
     """Puzzles per step over all devices, >= 1."""

@@ -239,7 +239,7 @@ def train_puzzles(
         Rows(tokens, tokens, jax.ShapeDtypeStruct((config.batch,), jnp.int32)),
         mesh,
     )
-    batches = data.batches(config.batch, config.seed)
+    batches = data.batches(config.batch, config.seed, config.data.epochs)
     with open_run(run, steps, resume=resume, start=start, stream=stream) as now:
         sums: list[dict[str, float]] = []  # of the steps since the last line
 

@@ -13,6 +13,7 @@ runs/<name>/run.json        model and training configuration, data provenance, v
 import dataclasses
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import sys
@@ -162,7 +163,8 @@ def check_same_run(old: Run, new: Run) -> None:
             f"{_first_difference(old.model_config, new.model_config)}. {advice}"
         )
     pairs = [
-        (name, getattr(old.config, name), getattr(new.config, name)) for name in new.config.FIXED
+        (name, *(operator.attrgetter(name)(run.config) for run in (old, new)))
+        for name in new.config.FIXED
     ]
     optimizers = (to_dict(old.config.optimizer), to_dict(new.config.optimizer))
     pairs += [

@@ -215,6 +215,8 @@ def test_grid_writes_what_it_prints(tmp_path, capsys):
     names = [x["candidate"] for x in records if x["part"] == "scan"]
     assert names == list(bench_grid.candidates())
     assert records[-1]["part"] == "model"
+    took = [x[part] for x in records for part in ("forward", "both")]
+    assert all(x["peak_mib"] > x["temp_mib"] for x in took)
     assert all(0 <= x < math.inf for record in records for x in numbers(record))
     # The same report as a person reads it.
     timing.publish(report, as_json=False, out=None)

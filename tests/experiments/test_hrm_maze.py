@@ -11,6 +11,7 @@ from tests.experiments.smoke import EXPERIMENTS, smoke
 def test_smoke(tmp_path):
     results = smoke("hrm_maze", tmp_path)
     assert len(results["exact"]) == 4 and results["puzzles"] == 10
+    assert len(results["path_marked"]) == len(results["marks_right"]) == 4
     assert [len(group["exact"]) for group in results["by_length"]] == [4] * 4
     lengths = [group["steps_of_path"] for group in results["by_length"]]
     assert lengths == sorted(lengths) and lengths[0][0] >= 1
@@ -20,4 +21,5 @@ def test_the_full_scale_run_is_the_published_one():
     file = EXPERIMENTS / "hrm_maze" / "full_scale.yaml"
     _, arguments = parse(["jaxrec.models.hrm:MAZE_27M", "--config", str(file), "--data", "x"])
     assert arguments.model == MAZE_27M
+    assert arguments.train.data.epochs == 2000
     assert arguments.train.optimizer.weight_decay == arguments.train.puzzle_decay == 1.0

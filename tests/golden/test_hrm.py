@@ -7,16 +7,13 @@ import numpy as np
 
 from jaxrec import convert
 from jaxrec.convert import engine
-from jaxrec.models.hrm import Rows
+from jaxrec.models.hrm import Carry, Latent, Rows
 from jaxrec.training import pondering
 from jaxrec.training.optim import sign_sgd_rows
 from tests.convert.folders import assert_loads_as
 from tests.golden.harness import cases
 
 FOLDERS = cases("hrm")
-# Segments amplify rounding. After five the original's float32 is 2.0e-4 off its own float64, 7.5e-5
-# of the largest; ours is 1.4e-4 off it, and 3.0e-4 when compiled without optimisations, as here.
-STATE_ERROR = 2e-4
 ROWS = ("inputs", "labels", "puzzle_identifiers")
 METRICS = {
     "count": "count",
@@ -38,6 +35,33 @@ def calls(case, kind):
     return sorted({int(name.split(":")[0].removeprefix(kind)) for name in case.names(kind)})
 
 
+def draws_of(case, at, rows):
+    """What exploration drew; where it cannot matter, the original need not draw."""
+    if f"{at}explore_uniform" not in case:
+        assert case.config["halt_max_steps"] == 1 or case.config["halt_exploration_prob"] == 0
+        return pondering.Draws(jnp.ones(rows), jnp.full(rows, 2, jnp.int32))
+    uniform, least = case[f"{at}explore_uniform"], case[f"{at}explore_min_steps"]
+    return pondering.Draws(jnp.asarray(uniform), jnp.asarray(least))
+
+
+def carry_after(case, at, model):
+    """The original's own carry behind a call, from which the next one goes on.
+
+    Segments amplify rounding: a chain of eight with three cycles of three, of random weights, ends
+    in float32 between 1e-4 and 0.8 of the largest value off float64 (a NumPy port of the equations,
+    12 seeds, three sizes), the original no better than ours. One segment from a given carry is at
+    most 5e-5 off, and the carry behind each is compared, so that the whole chain is.
+    """
+    high, low = jnp.asarray(case[f"{at}z_H"]), jnp.asarray(case[f"{at}z_L"])
+    assert high.dtype == model.compute_dtype
+    return Carry(
+        Latent(high, low),
+        jnp.asarray(case[f"{at}steps"], jnp.int32),
+        jnp.asarray(case[f"{at}halted"], jnp.bool_),
+        rows_of(case, f"{at}current_"),
+    )
+
+
 @jax.jit
 def run(model, carry, offered, explore):
     """A segment with its gradient by parameters and by the vectors of the puzzles."""
@@ -52,8 +76,8 @@ def run(model, carry, offered, explore):
 
 def check(case, at, loss, segment):
     latent = segment.carry.latent
-    case.check(f"{at}z_H", latent.high, largest_relative_error=STATE_ERROR)
-    case.check(f"{at}z_L", latent.low, largest_relative_error=STATE_ERROR)
+    case.check(f"{at}z_H", latent.high)
+    case.check(f"{at}z_L", latent.low)
     case.check(f"{at}steps", segment.carry.steps)
     case.check(f"{at}halted", segment.carry.halted)
     for name, got in zip(ROWS, segment.carry.rows, strict=True):
@@ -64,24 +88,25 @@ def check(case, at, loss, segment):
     case.check(f"{at}loss", loss)
     for name in case.names(f"{at}metric_"):
         case.check(name, segment.metrics[METRICS[name.removeprefix(f"{at}metric_")]])
+    assert (segment.target is not None) == (f"{at}target_q_continue" in case)
+    if segment.target is not None:
+        case.check(f"{at}target_q_continue", segment.target)
 
 
 def test_training(case, model):
     carry = model.init_carry(rows_of(case, "batch0:"))
     for i in calls(case, "train"):
         at = f"train{i}:"
-        explore = pondering.Draws(
-            jnp.asarray(case[f"{at}explore_uniform"]), jnp.asarray(case[f"{at}explore_min_steps"])
-        )
         offered = rows_of(case, f"batch{i}:")
+        explore = draws_of(case, at, len(offered.tokens))
         (loss, segment), (gradient, of_vectors) = run(model, carry, offered, explore)
         check(case, at, loss, segment)
-        case.check(f"{at}target_q_continue", segment.target)
-        carry = segment.carry
+        carry = carry_after(case, at, model)
+        if f"{at}puzzle_ids_used" in case:
+            np.testing.assert_array_equal(case[f"{at}puzzle_ids_used"], carry.rows.puzzle)
         for name in case.names(f"{at}grad:"):
             if name.endswith("puzzle_emb_per_example"):
                 case.check(name, of_vectors)
-                np.testing.assert_array_equal(case[f"{at}puzzle_ids_used"], carry.rows.puzzle)
             else:
                 tensors = engine.to_tensors(engine.find("hrm"), model, gradient)
                 prefix = engine.find("hrm").prefix
@@ -99,11 +124,14 @@ def test_evaluation(case, model):
     for i in calls(case, "eval"):
         loss, segment = run(model, carry, offered)
         check(case, f"eval{i}:", loss, segment)
-        carry = segment.carry
+        carry = carry_after(case, f"eval{i}:", model)
     assert np.all(carry.halted)
 
 
 def test_vectors_move_by_the_sign(case, model):
+    if model.puzzle_vectors is None:
+        assert "signsgd_weights_after" not in case
+        return
     rate, weight_decay = case["signsgd_lr_wd"]
     [last] = [i for i in calls(case, "train")[::-1] if f"train{i}:puzzle_ids_used" in case][:1]
     after = sign_sgd_rows(

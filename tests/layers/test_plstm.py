@@ -138,6 +138,20 @@ def test_eigenvalues_of_transitions(kind):
     assert value == pytest.approx(want[kind], rel=1e-6)
 
 
+def test_transitions_without_weights_are_those_of_their_biases():
+    """O diag(tanh(factor lambda)) I in float64, whatever the input and the weights are."""
+    options = TransitionConfig(weight=False, eigenvalue_factor=0.7, normaliser="qr")
+    config = TransitionLayerConfig(width=4, heads=2, tracked=3, options=options)
+    made = toy.drawn(config)
+    got = made(jnp.full((2, 5, 4), 3.0))
+    values, *mixed = (
+        np.asarray(x.bias[...], np.float64) for x in (made.eigenvalues, made.into, made.out)
+    )
+    values, (into, out) = np.tanh(0.7 * values), (np.linalg.qr(x)[0] for x in mixed)
+    want = out @ (values[..., None] * into)
+    np.testing.assert_allclose(got, np.broadcast_to(want, (2, 5, *want.shape)), atol=1e-5)
+
+
 def test_normalised_projections_have_unit_mean_square():
     config = ProjectionConfig(normalised=True)
     made = Projection(config, 4, 2, 3, 5, rngs=nnx.Rngs(0))(X[..., :4])

@@ -7,8 +7,8 @@ import pytest
 
 from jaxrec.errors import UserError
 from jaxrec.training.config import PuzzleDataConfig
-from jaxrec.training.data import mazes, sudoku
-from jaxrec.training.data.puzzle_folders import write_split
+from jaxrec.training.data import arc, mazes, sudoku
+from jaxrec.training.data.puzzle_folders import write_identifiers, write_split
 from jaxrec.training.data.puzzle_sources import are_puzzles, load_puzzles, made_like
 from jaxrec.training.data.puzzles import joined, single_puzzles, spread
 
@@ -85,6 +85,45 @@ def test_arc_tasks_are_asked_and_voted_on(tmp_path):
     assert len(data.valid.inputs) == 2 * 4
     flat = load_puzzles(small(tmp_path / "evaluation", augmentations=1))
     assert [task.name for task in flat.tasks] == ["b", "c"]
+
+
+def test_a_published_folder_of_arc_is_voted_on_where_its_tasks_are_beside_it(tmp_path):
+    """The original's folders have names of vectors, and the tasks lie elsewhere until they are put
+    there; those that are not asked do not count.
+    """
+    pair = {"input": [[1, 2]], "output": [[2, 1]]}
+    tasks, folder = tmp_path / "tasks", tmp_path / "published"
+    tasks.mkdir()
+    for name in ("b", "c"):
+        (tasks / f"{name}.json").write_text(json.dumps({"train": [pair, pair], "test": [pair]}))
+    sets = arc.puzzle_sets([], arc.read_tasks(tasks), augmentations=2)
+    for part, made in (("train", sets.train), ("test", sets.test)):
+        write_split(folder / part, {"all": made}, vocabulary=12, identifiers=len(sets.names))
+    assert load_puzzles(small(folder)).tasks is None
+    write_identifiers(folder, sets.names)
+    assert load_puzzles(small(folder)).tasks is None
+    tasks.rename(folder / "evaluation")
+    (folder / "evaluation" / "d.json").write_text(json.dumps({"train": [pair], "test": [pair]}))
+    data = load_puzzles(small(folder))
+    assert data.names == sets.names and [task.name for task in data.tasks] == ["b", "c"]
+    votes = arc.Votes(data.names)
+    rows = data.held_out(len(data.valid.inputs))(0)
+    votes.add(rows, rows.labels.clip(0), np.zeros(len(rows.puzzle)))
+    assert votes.score(data.tasks) == 1
+    write_identifiers(folder, sets.names[:-1])
+    with pytest.raises(UserError, match=r"identifiers\.json names 6 vectors, but .* counts 7"):
+        load_puzzles(small(folder))
+
+
+def test_epochs_joined_leave_out_less():
+    """Of one epoch of 10 groups batches of 4 take 8; of five joined, 48 of 50."""
+    data = load_puzzles(small("sudoku-4x4", puzzles=10, augmentations=0))
+    assert data.batches(4, 0)._count(0) == data.batches(4, 0, 1)._count(0) == 2
+    joined = data.batches(4, 0, 5)
+    assert joined._count(0) == 12
+    visits = np.concatenate([joined(step).tokens for step in range(10)]).reshape(4, 10, 16)
+    for epoch in visits:
+        assert len(np.unique(epoch, axis=0)) == 10
 
 
 def test_batches_take_as_many_epochs_as_they_need():

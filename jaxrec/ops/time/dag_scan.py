@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops.time.dags import DagBatch
+from jaxrec.ops.time.gating import check_dtypes
 
 Method = Literal["auto", "states", "paths"]
 
@@ -56,21 +57,21 @@ def dag_scan(
     Args:
       q: queries (b nodes h k); not scaled here.
       k: keys (b nodes h k).
-      v: values (b nodes h v). What stands at the nodes of padding changes nothing if it is finite.
-      source: s (b edges h), of the edges in the order of `dags`. What stands at the edges and pairs
-        of padding changes nothing.
+      v: values (b nodes h v), in one dtype with q and k. What stands at the nodes of padding
+        changes nothing if it is finite.
+      source: s (b edges h), float32 as all gates, of the edges in the order of `dags`. What stands
+        at the edges and pairs of padding changes nothing.
       transition: t (b pairs h), of the pairs in the order of `dags`.
       mark: m (b edges h).
       direct: d (b nodes h).
       dags: the graphs, from `dag_batch`.
       method: "states" carries matrices along the edges; "paths" finds the weights of all paths, for
         nodes squared numbers of each graph; "auto" takes "paths" where a graph has at most half as
-        many nodes as a state has numbers: there it was as fast on CPU, and below it faster (64
-        molecules of 23 nodes, states of 24 x 24: 20 times, in a thirteenth of the memory).
+        many nodes as a state has numbers.
 
     Returns:
-      y (b nodes h v) in v's dtype; at a node of padding what its q, k, v and d make. Gates, sums
-      and states are float32 (float64 for such inputs).
+      y (b nodes h v) in v's dtype; at a node of padding what its q, k, v and d make. Sums and
+      states are float32 (float64 for such inputs).
 
     Raises:
       ValueError: shapes or dtypes do not fit each other or the graphs, or the method is unknown.
@@ -197,9 +198,7 @@ def _check(
             raise ValueError(
                 f"dag_scan: {name} must be (b {of} h) = {(batch, room, heads)}, got {x.shape}."
             )
-    inputs = (q, k, v, source, transition, mark, direct)
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in inputs):
-        dtypes = ", ".join(str(x.dtype) for x in inputs)
-        raise ValueError(f"dag_scan: all but the graphs must be float, got {dtypes}.")
+    gates = {"source": source, "transition": transition, "mark": mark, "direct": direct}
+    check_dtypes("dag_scan", {"q": q, "k": k, "v": v, **gates})
     with jax.numpy_dtype_promotion("standard"):  # widening is what this function promises
-        return jnp.result_type(jnp.float32, *(x.dtype for x in inputs))
+        return jnp.result_type(direct.dtype, q.dtype)

@@ -25,7 +25,9 @@ from jax import Array
 Mode = Literal["P", "D"]
 
 ROUND_COST = 16
-"""What one more round costs, in pairs of edges that could be worked on instead."""
+"""What one more round is taken to cost, in pairs of edges that could be worked on instead: a weight
+between few wide rounds and many narrow ones that changes no result.
+"""
 
 
 class Dag(NamedTuple):

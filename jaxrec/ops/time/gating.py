@@ -196,7 +196,7 @@ def prepared(
         sizes |= dict(zip(kept, x.shape, strict=True))
         arrays[key] = x.reshape(*x.shape, *(1 for _ in range(missing)))
     sizes = {axis: 1 for _, axes in given.values() for axis in axes} | sizes
-    _check_dtypes(name, arrays)
+    check_dtypes(name, arrays)
     for key, (_, axes) in given.items():
         if key not in _ACTIVATIONS:
             arrays[key] = _as_matrix(arrays[key], axes, sizes)
@@ -214,7 +214,13 @@ def _as_matrix(gate: Array, axes: list[str], sizes: dict[str, int]) -> Array:
     return gate.reshape(*lead, *matrix)
 
 
-def _check_dtypes(name: str, arrays: Mapping[str, Array]) -> None:
+def check_dtypes(name: str, arrays: Mapping[str, Array]) -> None:
+    """Checks that q, k and v have one floating dtype, and that all others, the gates, are float32
+    (or all float64).
+
+    Raises:
+      ValueError: they are not; the message begins with the name of the op.
+    """
     activations = {key: x.dtype for key, x in arrays.items() if key in _ACTIVATIONS}
     gates = {key: x.dtype for key, x in arrays.items() if key not in _ACTIVATIONS}
     if len(set(activations.values())) > 1 or not jnp.issubdtype(activations["q"], jnp.floating):

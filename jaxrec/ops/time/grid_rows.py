@@ -180,8 +180,8 @@ def _crossed(
 def _scaled(rows: Array, z: Array, columns: Array) -> Array:
     """rows (... y a) times z (... y z) times columns (... z c), (... y a z c).
 
-    The gradient's sums are written as products of matrices, which XLA's on CPU are not: they take
-    ten times as long.
+    The gradient's sums are written as products of matrices, which XLA makes loops of on CPU
+    otherwise.
     """
     return rows[..., :, :, None, None] * z[..., :, None, :, None] * columns[..., None, None, :, :]
 

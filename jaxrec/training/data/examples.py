@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrec.errors import UserError, nearest
 from jaxrec.training.config import ExamplesConfig
+from jaxrec.training.data.digits import load_digits
 
 DIGITS, PERMUTED = "digits", "digits-permuted"
 NAMES = (DIGITS, PERMUTED)
@@ -82,18 +83,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     """1797 images of 8 x 8 as rows of 64 numbers of zero mean, in a fixed random order; labels.
 
     Raises:
-      UserError: scikit-learn, with which they ship, is not installed.
+      UserError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(
-            'The digits ship with scikit-learn. Install it with: pip install "jaxrec[experiments]"'
-        ) from error
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    pixels = images[order].astype(np.float32) / 16
-    return (pixels - pixels.mean()) / pixels.std(), labels[order].astype(np.int32)
+    images, labels = load_digits()
+    pixels = images.reshape(len(images), -1)
+    return (pixels - pixels.mean()) / pixels.std(), labels
 
 
 def permuted(pixels: np.ndarray) -> np.ndarray:

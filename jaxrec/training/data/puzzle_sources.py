@@ -16,7 +16,12 @@ from jaxrec.errors import UserError, nearest
 from jaxrec.training.config import PuzzleDataConfig
 from jaxrec.training.data import arc, mazes, sudoku
 from jaxrec.training.data.puzzle_batches import GroupBatches, OrderedBatches
-from jaxrec.training.data.puzzle_folders import DESCRIPTION, read_split
+from jaxrec.training.data.puzzle_folders import (
+    DESCRIPTION,
+    IDENTIFIERS,
+    read_identifiers,
+    read_split,
+)
 from jaxrec.training.data.puzzles import PuzzleSet, joined, spread
 
 SUDOKUS = tuple(f"sudoku-{n}x{n}" for n in sudoku.BOXES)
@@ -55,17 +60,18 @@ class PuzzleData(NamedTuple):
     names: list[str] | None = None  # of vectors, and the tasks that are asked: of ARC only
     tasks: list[arc.Task] | None = None
 
-    def batches(self, batch: int, seed: int) -> GroupBatches:
-        """Batches to learn from, in rounds of as few epochs as fill one.
+    def batches(self, batch: int, seed: int, epochs: int | None = None) -> GroupBatches:
+        """Batches to learn from, cut from so many epochs joined; None: as few as fill one.
 
         Raises:
-          UserError: the batch is empty.
+          UserError: the batch is empty, or so many epochs do not fill it.
         """
-        sure = min(
-            int(np.minimum.reduceat(np.diff(x.puzzle_indices), x.group_indices[:-1]).sum())
-            for x in self.train
-        )
-        epochs = max(1, -(-batch // sure))
+        if epochs is None:
+            sure = min(
+                int(np.minimum.reduceat(np.diff(x.puzzle_indices), x.group_indices[:-1]).sum())
+                for x in self.train
+            )
+            epochs = max(1, -(-batch // sure))
         return GroupBatches(
             self.train, batch=batch, seed=seed, epochs=epochs, ignored_label=self.ignored_label
         )
@@ -256,17 +262,44 @@ def _published(config: PuzzleDataConfig, folder: Path) -> PuzzleData:
                 f" and {there}."
             )
     about = train.description
+    identifiers = max(about.num_puzzle_identifiers, test.description.num_puzzle_identifiers)
+    names, tasks = _arc_questions(folder, identifiers)
     return _complete(
         list(train.sets.values()),
         joined(list(test.sets.values())),
         config,
         about.vocab_size,
         _guess(about.vocab_size, about.seq_len),
-        identifiers=max(about.num_puzzle_identifiers, test.description.num_puzzle_identifiers),
+        identifiers=identifiers,
         ignored_label=about.ignore_label_id,
         pad=about.pad_id,
         blank=about.blank_identifier_id,
+        names=names,
+        tasks=tasks,
     )
+
+
+def _arc_questions(
+    folder: Path, identifiers: int
+) -> tuple[list[str] | None, list[arc.Task] | None]:
+    """Names of the vectors and the tasks that are asked, where a published folder has
+    identifiers.json and beside it, put there by the user, ARC's evaluation/*.json; else nothing.
+
+    Raises:
+      UserError: a file is damaged, or there are fewer names than vectors.
+    """
+    questions = folder / "evaluation"
+    if not (folder / IDENTIFIERS).exists() or not questions.is_dir():
+        return None, None
+    names = read_identifiers(folder)
+    if len(names) < identifiers:
+        raise UserError(
+            f"{folder / IDENTIFIERS} names {len(names)} vectors, but {DESCRIPTION} counts"
+            f" {identifiers}; they are of different data. Fetch both again."
+        )
+    asked = {arc.parse_name(name)[0] for name in names}
+    found = [task for task in arc.read_tasks(questions) if task.name in asked and _is_open(task)]
+    return names, found
 
 
 def _guess(vocabulary: int, length: int) -> Look:

@@ -22,8 +22,8 @@ FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 ATTEMPTS = 200
 """Grids that `make` tries before it says that it cannot find what was asked for."""
 MOST_BACKTRACKS = 1_000_000
-"""Wrong guesses, about a minute of them, after which a search gives up. A puzzle made to be hard
-for such searches needs 18,605; one without a solution may need far more.
+"""Wrong guesses after which a search gives up: far more than puzzles with a solution were seen to
+need, but a grid without one may need more than anybody waits for.
 """
 
 

@@ -165,7 +165,10 @@ def test_wrong_arguments_are_refused():
     refused("q and k must be", k=args[1][..., :1])
     refused(r"source must be \(b edges h\)", source=args[3][:, :1])
     refused(r"transition must be \(b pairs h\)", transition=args[4][..., :1])
-    refused("must be float, got", direct=np.zeros(args[6].shape, np.int32))
+    refused("gates must all be float32", direct=np.zeros(args[6].shape, np.int32))
+    refused("gates must all be float32", mark=jnp.asarray(args[5], jnp.bfloat16))
+    refused("q, k and v must have one floating dtype", v=jnp.asarray(args[2], jnp.bfloat16))
+    refused("q, k and v must have one floating dtype", k=args[1].astype(np.int32))
     larger = dag_batch(graphs("P", (3, 4)), DagShape(5, *shape_of(graphs("P", (3, 4)))[1:]))
     with pytest.raises(ValueError, match=r"the graphs are padded to \(b nodes\) = \(2, 5\)"):
         dag_scan(*args, larger)
