@@ -526,7 +526,7 @@ def _spread() -> list[Case]:
         return mlstm_scan(**x, axis="seq")[0]
 
     methods = ("sequential", *EXCHANGES)
-    newton = (ALONE, *get_args(NewtonMethod))
+    newton = (ALONE, "sequential", "auto", "newton", "quasi_newton")  # filters are not spread
     return [
         Case("linear_scan", "over devices", methods, _decays(), linear, True),
         Case("selective_scan", "over devices", methods, _selective(), selective, True),
