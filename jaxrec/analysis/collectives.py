@@ -82,6 +82,17 @@ def by_axis(found: list[Exchange]) -> dict[str, dict[str, float]]:
     return table
 
 
+def times_by_axis(found: list[Exchange]) -> dict[str, dict[str, int]]:
+    """How many exchanges there are in a run of the program, by axes and kind as `by_axis` has
+    them.
+    """
+    table: dict[str, dict[str, int]] = {}
+    for exchange in found:
+        kinds = table.setdefault("*".join(exchange.axes), {})
+        kinds[exchange.kind] = kinds.get(exchange.kind, 0) + exchange.times
+    return table
+
+
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
     """Instructions (result, kind, rest) by computation, and the name of the first one to run."""
     bodies: dict[str, list[tuple[str, str, str]]] = {}

@@ -103,6 +103,15 @@ def memory_numbers(state: Array) -> dict[str, Array]:
     return {"memory_rms": _rms(jnp.abs(state).astype(jnp.float32))}
 
 
+def solver_numbers(states: tuple[Array, Array]) -> dict[str, Array]:
+    """Of states solved for all steps at once and of the same one step after another, (b t ...)
+    each: newton_error, the largest difference, relative to the largest number if that is above 1.
+    """
+    solved, exact = states
+    largest = jnp.maximum(jnp.max(jnp.abs(exact)), 1)
+    return {"newton_error": jnp.max(jnp.abs(solved - exact)) / largest}
+
+
 def divergence(deepest: Array, logits: Array) -> Array:
     """KL(softmax(deepest) || softmax(logits)) over the last axis, in nats."""
     log_p, log_q = jax.nn.log_softmax(deepest), jax.nn.log_softmax(logits)

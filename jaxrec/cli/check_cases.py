@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxrec.ops import attention
 from jaxrec.ops.conv import causal_conv
 from jaxrec.ops.depth import iterate, remat_scan
+from jaxrec.ops.depth.halting import Rule, adaptive_loop
 from jaxrec.ops.depth.remat import REMAT_POLICIES
 from jaxrec.ops.newton import newton_scan, slstm_newton_scan
 from jaxrec.ops.newton.checks import Method as NewtonMethod
@@ -22,12 +23,14 @@ from jaxrec.ops.time import (
     dag,
     dag_batch,
     dag_scan,
+    dense_scan,
     fft_conv,
     grid_scan,
     linear_scan,
     mark_scan,
     matrix_scan,
     mlstm_scan,
+    running_max,
     selective_scan,
     sharded_linear_scan,
     sharded_matrix_scan,
@@ -38,10 +41,15 @@ from jaxrec.ops.time import (
 from jaxrec.ops.time.grid_scan import Method as GridMethod
 from jaxrec.ops.time.mark_scan import Method as MarkMethod
 from jaxrec.ops.time.matrix_scan import Method as MatrixMethod
+from jaxrec.ops.time.running_max import Method as MaxMethod
 from jaxrec.ops.time.scan import Method as LinearMethod
 from jaxrec.ops.time.selective import Method as SelectiveMethod
 
 BATCH, TIME, CHUNK = 2, 48, 8
+ALONE = "one device"
+"""How the definition is called where other methods have their names over devices too."""
+SETTLED = 0.4
+"""An element of a loop that changes less is done: one of two, after four loops of seven."""
 LARGEST_SPREAD = 16
 """Devices over which time is spread at most; it divides the length."""
 EXCHANGES = ("all_gather", "ppermute")
@@ -108,8 +116,24 @@ def _diagonal() -> list[Case]:
     blocks = _normal("blocks", a=(TIME, 2, 2, 3), b=(TIME, 2, 3), h0=(2, 3))
     blocks["a"] *= 0.5
 
+    rng = _rng("dense")
+    dense = _normal("dense", u=(TIME, 3), state=(3, 4))
+    dense |= {"a_bar": 0.4 * rng.normal(size=(3, 4, 4)), "b_bar": rng.normal(size=(3, 4))}
+    dense |= {"c": rng.normal(size=(3, 2, 4))}
+
     def scan(**options: Any) -> Callable[..., Any]:
         return lambda method, **x: linear_scan(**x, method=method, **options)
+
+    def densely(method: Any, **x: Any) -> Any:
+        if method == "op":
+            return dense_scan(**x, reset=jnp.asarray(_resets()))
+        state, outputs = x["state"], []
+        for t in range(TIME):
+            state = jnp.where(_resets()[:, t, None, None], 0, state)
+            state = jnp.einsum("dij,bdj->bdi", x["a_bar"], state)
+            state += x["b_bar"][None] * x["u"][:, t, :, None]
+            outputs.append(jnp.einsum("dmn,bdn->bdm", x["c"], state))
+        return jnp.stack(outputs, axis=1), state
 
     return [
         Case("linear_scan", "real", methods, x, scan()),
@@ -117,6 +141,7 @@ def _diagonal() -> list[Case]:
         Case("linear_scan", "reverse", methods, x, scan(reverse=True)),
         Case("linear_scan", "resets", methods, x, scan(reset=_resets())),
         Case("block_scan", "", methods, blocks, lambda method, **x: block_scan(**x, method=method)),
+        Case("dense_scan", "resets", ("loop", "op"), dense, densely),
         Case(
             "selective_scan",
             "",
@@ -204,13 +229,33 @@ def _marks() -> list[Case]:
     ]
 
 
+def _gated_memory() -> Inputs:
+    qkv = {"q": (TIME, 2, 4), "k": (TIME, 2, 4), "v": (TIME, 2, 3)}
+    x = _normal("mlstm", **qkv, input_gate=(TIME, 2), log_forget=(TIME, 2))
+    return x | {"log_forget": -np.log1p(np.exp(-x["log_forget"]))}
+
+
+def _weighted_mean() -> Inputs:
+    x = _normal("wkv", k=(TIME, 3), v=(TIME, 3))
+    return x | {"rate": _rng("rate").uniform(0.1, 2, 3), "bonus": _rng("bonus").normal(size=3)}
+
+
+def _direct_mean(k: Array, v: Array, rate: Array, bonus: Array) -> Array:
+    """The mean of `wkv` with all its weights side by side."""
+    ago = jnp.arange(TIME)[:, None] - jnp.arange(TIME)[None]
+    steps = (ago - 1).astype(k.dtype)[None, ..., None]
+    past = k[:, None] - steps * rate[None, None, None]
+    present = k[:, None] + bonus[None, None, None]
+    weights = jnp.where((ago > 0)[None, ..., None], past, -jnp.inf)
+    weights = jnp.where((ago == 0)[None, ..., None], present, weights)
+    return jnp.einsum("btse,bse->bte", jax.nn.softmax(weights, axis=2), v)
+
+
 def _stabilised() -> list[Case]:
     """Exponential gates, whose scale is taken out."""
-    qkv = {"q": (TIME, 2, 4), "k": (TIME, 2, 4), "v": (TIME, 2, 3)}
-    memory = _normal("mlstm", **qkv, input_gate=(TIME, 2), log_forget=(TIME, 2))
-    memory["log_forget"] = -np.log1p(np.exp(-memory["log_forget"]))
-    mean = _normal("wkv", k=(TIME, 3), v=(TIME, 3))
-    mean |= {"rate": _rng("rate").uniform(0.1, 2, 3), "bonus": _rng("bonus").normal(size=3)}
+    memory = _gated_memory()
+    maximum = _normal("maximum", log_decay=(TIME, 3), x=(TIME, 3), m0=(3,))
+    maximum["log_decay"] = -np.abs(maximum["log_decay"])
     scalar = _normal("slstm", x=(TIME, 4, 2, 3))
     scalar["recurrent"] = 0.4 * _rng("recurrent").normal(size=(4, 2, 3, 3))
 
@@ -227,33 +272,55 @@ def _stabilised() -> list[Case]:
             memory,
             lambda method, **x: mlstm_scan(**x, chunk=CHUNK, method=method)[0],
         ),
-        Case("wkv", "", ("associative",), mean, lambda method, **x: wkv(**x)[0]),
+        Case(
+            "running_max",
+            "resets",
+            _methods(MaxMethod),
+            maximum,
+            lambda method, **x: running_max(**x, reset=jnp.asarray(_resets()), method=method),
+        ),
+        Case(
+            "wkv",
+            "",
+            ("direct", "op"),
+            _weighted_mean(),
+            lambda method, **x: _direct_mean(**x) if method == "direct" else wkv(**x)[0],
+        ),
         Case("slstm", "", ("sequential", "newton"), scalar, slstm),
     ]
 
 
-def _nonlinear() -> list[Case]:
-    """A tanh cell whose four numbers mix in no, in pairs, or all."""
+STRUCTURES = {"diagonal": 1, "block": 2, "dense": 4}
+"""How many of the four numbers of the tanh cell mix: none, pairs or all."""
 
+
+def _cell(structure: str) -> Inputs:
+    size = STRUCTURES[structure]
+    x = _normal(structure, x=(TIME, size, 4 // size), h0=(size, 4 // size))
+    return x | {"params": 0.5 * _rng("mix").normal(size=(size, size, 4 // size))}
+
+
+def _cell_scan(structure: str, **options: Any) -> Callable[..., Any]:
     def step(params: Array, h: Array, x: Array) -> Array:
         return jnp.tanh(x + jnp.einsum("ijn,bjn->bin", params, h))
 
-    found = []
-    for structure, size in (("diagonal", 1), ("block", 2), ("dense", 4)):
-        x = _normal(structure, x=(TIME, size, 4 // size), h0=(size, 4 // size))
-        x["params"] = 0.5 * _rng("mix").normal(size=(size, size, 4 // size))
+    def scan(method: Any, params: Array, x: Array, h0: Array) -> Any:
+        how: dict[str, Any] = {"jacobian": structure, "method": method, "check": False} | options
+        if method == ALONE:
+            how |= {"method": "sequential", "axis": None}
+        return newton_scan(step, params, x, h0, **how)[0]
 
-        def scan(
-            method: Any, params: Array, x: Array, h0: Array, structure: Any = structure
-        ) -> Any:
-            def step(params: Array, h: Array, x: Array) -> Array:
-                return jnp.tanh(x + jnp.einsum("ijn,bjn->bin", params, h))
+    return scan
 
-            options = {"jacobian": structure, "method": method, "check": False}
-            return newton_scan(step, params, x, h0, **options)[0]
 
-        found.append(Case("newton_scan", structure, _methods(NewtonMethod), x, scan))
-    return found
+def _nonlinear() -> list[Case]:
+    methods = _methods(NewtonMethod)
+    found = [
+        Case("newton_scan", structure, methods, _cell(structure), _cell_scan(structure))
+        for structure in STRUCTURES
+    ]
+    windows = _cell_scan("block", window=CHUNK + 3)  # the last window is a part of one
+    return [*found, Case("newton_scan", "block, windows", methods, _cell("block"), windows)]
 
 
 def _depth() -> list[Case]:
@@ -274,11 +341,87 @@ def _depth() -> list[Case]:
             return remat_scan(lambda z, _: (step(z), None), z, None, length=loops, remat=policy)[0]
         return iterate(step, z, loops)[0]
 
+    def settles(new: Array, old: Array) -> Array:
+        return jnp.max(jnp.abs(new - old), axis=-1) < SETTLED
+
+    def halted(method: str, w: Array, z: Array) -> Any:
+        def step(z: Array) -> Array:
+            return jnp.tanh(z @ w)
+
+        if method == "sequential":
+            is_done = jnp.zeros(z.shape[0], bool)
+            for _ in range(loops):
+                new = step(z)
+                z, is_done = jnp.where(is_done[:, None], z, new), is_done | settles(new, z)
+            return z
+        n = jnp.int32(loops) if method == "traced" else loops
+        graded = iterate(step, z, n, until=settles, grad_steps=loops)[0]
+        if method != "ends early":
+            return graded
+        return _graded_by(iterate(step, *lax.stop_gradient((z, n)), until=settles)[0], graded)
+
     x = _normal("loop", z=(4,)) | {"w": _rng("step").normal(size=(4, 4)) * 0.5}
     return [
         Case("iterate", "", ("sequential", "static", "traced"), x, loop),
+        Case(
+            "iterate", "until settled", ("sequential", "static", "traced", "ends early"), x, halted
+        ),
         Case("remat_scan", "", ("sequential", *REMAT_POLICIES), x, loop),
+        *(_adaptive(rule) for rule in get_args(Rule)),
     ]
+
+
+def _graded_by(value: Array, other: Array) -> Array:
+    """A value that has no gradient, with that of another form of it."""
+    return lax.stop_gradient(value) + (other - lax.stop_gradient(other))
+
+
+def _adaptive(rule: Any) -> Case:
+    """Adaptive computation time, with at most five loops."""
+    loops, enough = 5, 0.99
+
+    def loop(method: str, state: Array, w: Array, halt: Array) -> Any:
+        def prepare(state: Array, t: Any) -> Array:
+            return state + 0.1 * jnp.asarray(t, state.dtype)
+
+        def probability(x: Array) -> Array:
+            return jax.nn.sigmoid(x @ halt)
+
+        def run(is_differentiable: bool) -> tuple[Array, Array]:
+            end = adaptive_loop(
+                lambda x, t, memory: (jnp.tanh(x @ w), memory),
+                probability,
+                prepare,
+                state,
+                loops,
+                rule=rule,
+                differentiable=is_differentiable,
+            )
+            return end.halting.output, end.ponder
+
+        if method == "scan":
+            return run(True)
+        if method == "ends early":
+            return jax.tree.map(_graded_by, run(False), run(True))
+        halted = remainder = updates = jnp.zeros(state.shape[:2], state.dtype)
+        output = jnp.zeros_like(state)
+        for t in range(loops):
+            x = prepare(state, t)
+            p, new, is_running = probability(x), jnp.tanh(x @ w), halted < 1
+            ends = is_running & (halted + p > enough)
+            weight = jnp.where(is_running, jnp.where(ends, 1 - halted, p), 0)
+            remainder += jnp.where(ends, 1 - halted, 0)
+            updates += jnp.where(is_running, 1.0, 0.0)
+            halted = jnp.where(ends, 1, halted + weight)
+            kept = 1 - weight if rule == "interpolate" else jnp.ones_like(weight)
+            output = kept[..., None] * output + weight[..., None] * new
+            stays = (rule == "copy-halted") & ~is_running
+            state = jnp.where(stays[..., None], state, new)
+        return output, updates + remainder
+
+    x = _normal("adaptive", state=(6, 4)) | {"w": _rng("loops").normal(size=(4, 4)) * 0.5}
+    x |= {"halt": _rng("halt").normal(size=4)}
+    return Case("adaptive_loop", rule, ("loop", "scan", "ends early"), x, loop)
 
 
 def _others() -> list[Case]:
@@ -315,6 +458,10 @@ def _others() -> list[Case]:
             (kernel[i][None, None] * padded[:, i : i + TIME] for i in range(taps)), bias[None, None]
         )
 
+    def quotient(x: Array) -> Array:
+        s = jnp.where(x >= 0, x + 1, 1 / (1 - jnp.minimum(x, 0)))
+        return jnp.log(s / jnp.sum(s, axis=-1, keepdims=True))
+
     rng = _rng("kernels")
     taps = {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}
     return [
@@ -342,9 +489,9 @@ def _others() -> list[Case]:
         Case(
             "log_stablemax",
             "",
-            ("op",),
+            ("quotient", "op"),
             _normal("logits", x=(TIME,)),
-            lambda method, x: log_stablemax(x),
+            lambda method, x: quotient(x) if method == "quotient" else log_stablemax(x),
         ),
     ]
 
@@ -370,12 +517,28 @@ def _spread() -> list[Case]:
 
         return scan
 
+    def mean(method: Any, **x: Any) -> Any:
+        return _direct_mean(**x) if method == "direct" else wkv(**x, axis="seq")[0]
+
+    def memory(method: Any, **x: Any) -> Any:
+        if method == ALONE:
+            return mlstm_scan(**x, method="sequential")[0]
+        return mlstm_scan(**x, axis="seq")[0]
+
     methods = ("sequential", *EXCHANGES)
+    newton = (ALONE, "sequential", "auto", "newton", "quasi_newton")  # filters are not spread
     return [
         Case("linear_scan", "over devices", methods, _decays(), linear, True),
         Case("selective_scan", "over devices", methods, _selective(), selective, True),
         *(
             Case("matrix_scan", f"{rule}, over devices", methods, x, matrix(rule), True)
             for rule, x in ((rule, _matrix(rule, "key")) for rule in ("gated", "delta"))
+        ),
+        Case("wkv", "over devices", ("direct", "op"), _weighted_mean(), mean, True),
+        Case("mlstm_scan", "over devices", (ALONE, "op"), _gated_memory(), memory, True),
+        *(
+            Case("newton_scan", f"{structure}, over devices", newton, _cell(structure), scan, True)
+            for structure in STRUCTURES
+            for scan in (_cell_scan(structure, axis="seq"),)
         ),
     ]

@@ -49,11 +49,13 @@ def _named(what: str, tree: Any) -> dict[str, np.ndarray]:
 
 
 def gaps(got: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, float]:
-    """The largest error of each array, relative to the largest value that it should hold."""
+    """The largest error of each array, relative to the largest value that it should hold; as it is
+    where all should be zero.
+    """
     found = {}
     for name, wanted in want.items():
         value, right = np.asarray(got[name]), np.asarray(wanted)
-        found[name] = float(np.max(np.abs(value - right)) / np.max(np.abs(right)))
+        found[name] = float(np.max(np.abs(value - right)) / (np.max(np.abs(right)) or 1.0))
     return found
 
 

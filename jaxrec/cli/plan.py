@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxrec.analysis import collectives
+from jaxrec.cli.bench_hrm import products
 from jaxrec.cli.train import read_run_options
 from jaxrec.errors import UserError, nearest
+from jaxrec.models.hrm import HRMConfig, Rows
 from jaxrec.training import sharding
-from jaxrec.training.config import TrainConfig
+from jaxrec.training.config import PuzzleConfig, TrainConfig
 from jaxrec.training.flops import PEAK_FLOPS
+from jaxrec.training.puzzles import build_puzzle_steps
 from jaxrec.training.step import build_steps
 
 HELP = """usage: jaxrec plan MODEL [options]
@@ -81,10 +85,10 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise UserError(
             f"--card: {card!r} is unknown.{nearest(card, CARDS)} There are {', '.join(CARDS)}."
         )
-    if not isinstance(arguments.train, TrainConfig):
+    if not isinstance(arguments.train, TrainConfig | PuzzleConfig):
         raise UserError(
-            f"{path} is no language model; plans are made for language models, such as"
-            " jaxrec.models.huginn:TINY."
+            f"{path} is a classifier; plans are made for language models, such as"
+            " jaxrec.models.huginn:TINY, and solvers of puzzles."
         )
     return Parsed(list(argv), path, arguments)
 
@@ -103,7 +107,7 @@ def run(parsed: Parsed) -> int:
     if arguments.options.json:
         print(json.dumps(plan))
     else:
-        print(text(parsed.path, arguments.train, arguments.options.card, plan))
+        print(text(parsed.path, arguments.train.mesh, arguments.options.card, plan))
     return 0
 
 
@@ -120,7 +124,18 @@ def _with_devices(count: int, argv: list[str]) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def make_plan(model_config: Any, config: TrainConfig, card: Card) -> dict[str, Any]:
+class Step(NamedTuple):
+    """A step of training, not compiled yet."""
+
+    lowered: Any
+    state: dict[str, Any]  # abstract
+    rows: tuple[int, int]  # rows of a batch, and tokens of each
+    flops: float  # of the step
+    depth: int | None = None  # loops
+    free: int = 1  # of them without a gradient: what a loop of traced length is counted as
+
+
+def make_plan(model_config: Any, config: TrainConfig | PuzzleConfig, card: Card) -> dict[str, Any]:
     """What a step of training needs on each device and sends, and how long it may take.
 
     The step is compiled for the mesh, on abstract shapes.
@@ -129,6 +144,43 @@ def make_plan(model_config: Any, config: TrainConfig, card: Card) -> dict[str, A
       UserError: model, batch and mesh do not belong together.
     """
     mesh = sharding.build_mesh(config.mesh)
+    if isinstance(config, PuzzleConfig):
+        step = _segment(model_config, config, mesh)
+    else:
+        step = _language_step(model_config, config, mesh)
+    compiled = step.lowered.compile()
+    memory = compiled.memory_analysis()
+    found = collectives.exchanges(compiled.as_text(), dict(mesh.shape), loops=step.free)
+    sent = collectives.by_axis(found)
+    tokens, devices = math.prod(step.rows), mesh.size
+    seconds = {
+        "compute": step.flops / (devices * USED * PEAK_FLOPS[card.kind]),
+        "exchange": sum(sum(kinds.values()) for kinds in sent.values()) / (card.link * GIGA),
+    }
+    return {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(step.state["params"])),
+        "devices": devices,
+        "bytes_per_device": {
+            "parameters": _on_each(step.state["params"]),
+            "optimizer": _on_each(step.state["opt_state"]),
+            "average": _on_each(step.state["ema"]),
+            "carry": _on_each(step.state.get("carry")),
+            "temporary": memory.temp_size_in_bytes,
+        },
+        "flops_per_token": step.flops / tokens,
+        "flops_per_step": step.flops,
+        "rows": step.rows[0],
+        "tokens_per_row": step.rows[1],
+        "tokens_per_step": tokens,
+        "depth": step.depth,
+        "sent_per_device": sent,
+        "exchanges_per_step": collectives.times_by_axis(found),
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds.values()),
+    }
+
+
+def _language_step(model_config: Any, config: TrainConfig, mesh: Mesh) -> Step:
     sharding.check_batch(config.batch // config.accumulate, config.time, mesh)
     steps = build_steps(model_config, config, mesh)
     place = sharding.batch_sharding(mesh)
@@ -136,36 +188,25 @@ def make_plan(model_config: Any, config: TrainConfig, card: Card) -> dict[str, A
     batch = dict.fromkeys(("inputs", "labels", "segment_ids"), shape)
     depth = model_config.mean_depth
     train: Any = steps.train
-    compiled = train.lower(steps.abstract, batch, jnp.int32(depth or 0)).compile()
-    memory = compiled.memory_analysis()
-    # A loop of a traced length runs without a gradient before the graded loops.
-    free = max(1, (depth or 0) - (getattr(model_config, "backprop_depth", None) or 0))
-    found = collectives.exchanges(compiled.as_text(), dict(mesh.shape), loops=free)
-    sent = collectives.by_axis(found)
-    state = steps.abstract
-    tokens, devices = config.batch * config.time, mesh.size
-    flops = model_config.flops_per_token(config.time, depth, training=True)
-    seconds = {
-        "compute": flops * tokens / (devices * USED * PEAK_FLOPS[card.kind]),
-        "exchange": sum(sum(kinds.values()) for kinds in sent.values()) / (card.link * GIGA),
-    }
-    return {
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
-        "devices": devices,
-        "bytes_per_device": {
-            "parameters": _on_each(state["params"]),
-            "optimizer": _on_each(state["opt_state"]),
-            "average": _on_each(state["ema"]),
-            "temporary": memory.temp_size_in_bytes,
-        },
-        "flops_per_token": flops,
-        "flops_per_step": flops * tokens,
-        "tokens_per_step": tokens,
-        "depth": depth,
-        "sent_per_device": sent,
-        "seconds": seconds,
-        "tokens_per_second": tokens / max(seconds.values()),
-    }
+    return Step(
+        train.lower(steps.abstract, batch, jnp.int32(depth or 0)),
+        steps.abstract,
+        (config.batch, config.time),
+        model_config.flops_per_token(config.time, depth, training=True) * math.prod(shape.shape),
+        depth,
+        # A loop of a traced length runs without a gradient before the graded loops.
+        max(1, (depth or 0) - (getattr(model_config, "backprop_depth", None) or 0)),
+    )
+
+
+def _segment(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh) -> Step:
+    """Of a solver of puzzles, whose loops are of known length."""
+    steps = build_puzzle_steps(model_config, config, mesh)
+    rows: Rows[Any] = steps.abstract["carry"].rows  # of the shapes of those that are offered
+    train: Any = steps.train
+    size = (config.batch, model_config.length)
+    work = products(model_config, config.batch)
+    return Step(train.lower(steps.abstract, rows), steps.abstract, size, work)
 
 
 def _on_each(tree: Any) -> int:
@@ -175,27 +216,28 @@ def _on_each(tree: Any) -> int:
     )
 
 
-def text(path: str, config: TrainConfig, card_name: str, plan: dict[str, Any]) -> str:
+def text(path: str, mesh: str, card_name: str, plan: dict[str, Any]) -> str:
     """The plan as a person reads it, with the formula of the estimate."""
     card, sizes = CARDS[card_name], plan["bytes_per_device"]
     total, room = sum(sizes.values()), card.gigabytes * GIGA
     verdict = f"of {room / GIB:.1f} of {card_name}" + ("" if total < room else ": DOES NOT FIT")
     at_depth = "" if plan["depth"] is None else f" at depth {plan['depth']}"
     lines = [
-        f"{path}: {plan['parameters']:,} parameters on {plan['devices']} devices ({config.mesh})",
-        f"a step: {config.batch} x {config.time} tokens, {plan['flops_per_step']:.3g} FLOP"
-        f" ({plan['flops_per_token']:.3g} a token{at_depth})",
+        f"{path}: {plan['parameters']:,} parameters on {plan['devices']} devices ({mesh})",
+        f"a step: {plan['rows']} x {plan['tokens_per_row']} tokens,"
+        f" {plan['flops_per_step']:.3g} FLOP ({plan['flops_per_token']:.3g} a token{at_depth})",
         "",
         "on each device, GiB:",
         *(f"  {name:<12}{size / GIB:10.3f}" for name, size in sizes.items()),
         f"  {'together':<12}{total / GIB:10.3f}  {verdict}",
         "  temporary: activations and gradients, as XLA plans them on CPU; other devices differ",
         "",
-        "sent by each device in a step, MB:",
+        "sent by each device in a step, MB, in so many exchanges:",
     ]
     for axes, kinds in sorted(plan["sent_per_device"].items()):
         for kind, sent in sorted(kinds.items()):
-            lines.append(f"  {axes:<12}{kind:<20}{sent / 1e6:12.3f}")
+            times = plan["exchanges_per_step"][axes][kind]
+            lines.append(f"  {axes:<12}{kind:<20}{sent / 1e6:12.3f}{times:8,}")
     if not plan["sent_per_device"]:
         lines.append("  nothing")
     peak, seconds = PEAK_FLOPS[card.kind], plan["seconds"]

@@ -16,6 +16,7 @@ from jaxrec.layers.scan import (
     Solver,
     newton_measures,
     newton_over_time,
+    note_gates,
     slstm_over_time,
 )
 from jaxrec.ops import cells
@@ -83,6 +84,7 @@ class SLSTM(nnx.Module):
 
 CellKind = Literal["elman", "gru", "lstm"]
 GATES = {"elman": 1, "gru": 3, "lstm": 4}
+GATED: dict[str, Any] = {"gru": cells.gru_and_gates, "lstm": cells.lstm_and_gates}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +146,11 @@ class Cell(nnx.Module):
     ) -> tuple[Array, NewtonInfo]:
         """All states (b t d) or (b t 2 d) for the gates' inputs (b t g d), and how they came."""
         step, params, u = self._cell(u)
-        return newton_over_time(
+        h, info = newton_over_time(
             step, params, u, state, jacobian="dense", reset=reset, solver=self.solver
         )
+        note_gates(GATED.get(self.config.kind), params, u, state, h, reset)
+        return h, info
 
     def measure(self, x: Array, state: Array, *, reset: Array | None = None) -> dict[str, Array]:
         """What `newton_measures` says of these inputs, and max_recurrent, the largest recurrent

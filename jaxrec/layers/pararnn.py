@@ -21,14 +21,21 @@ from jax import Array
 from jaxrec.config import at_least, multiple_of, one_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.linear import uniform
-from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_measures, newton_over_time
-from jaxrec.ops.cells import ParaLSTMParams, para_gru, para_lstm
+from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_measures, newton_over_time, note_gates
+from jaxrec.ops.cells import (
+    ParaLSTMParams,
+    para_gru,
+    para_gru_and_gates,
+    para_lstm,
+    para_lstm_and_gates,
+)
 from jaxrec.ops.newton import NewtonInfo
 from jaxrec.ops.newton.structure import Kind, Step
 
 CellKind = Literal["gru", "lstm"]
 GRU_ROLES = ("update", "reset", "candidate")
 LSTM_ROLES = ("forget", "output", "candidate", "cell")
+GATED: dict[str, Any] = {"gru": para_gru_and_gates, "lstm": para_lstm_and_gates}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,15 +126,13 @@ class ParaRNN(nnx.Module):
     ) -> tuple[Array, NewtonInfo]:
         """All states (b t d) or (b t 2 d) for the gates' inputs (b t 3 d), and how they came."""
         step, jacobian = self._cell()
-        return newton_over_time(
-            step,
-            self.recurrence(),
-            u,
-            state,
-            jacobian=jacobian,
-            reset=reset,
-            solver=self.solver,
+        params = self.recurrence()
+        h, info = newton_over_time(
+            step, params, u, state, jacobian=jacobian, reset=reset, solver=self.solver
         )
+        is_usual = not self.config.nonlinearities  # of others none need be a gate
+        note_gates(GATED[self.config.cell] if is_usual else None, params, u, state, h, reset)
+        return h, info
 
     def measure(self, x: Array, state: Array, *, reset: Array | None = None) -> dict[str, Array]:
         """What `newton_measures` says of these inputs, and max_recurrent, the largest recurrent

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from jaxrec.ops.time import (
     wkv,
 )
 from jaxrec.ops.time.matrix_scan import Rule
+from jaxrec.ops.time.scan import delayed
 from jaxrec.ops.time.wkv import WKVState
 
 
@@ -175,23 +177,70 @@ def newton_over_time(
     mesh splits time into equal parts.
     """
     axis = _axis(jax.tree.leaves(x)[0].shape[1])
-    options = dataclasses.asdict(solver)
-    if axis is not None:
-        options["window"] = None
-    h, info = newton_scan(
-        step,
-        params,
-        x,
-        h0,
-        jacobian=jacobian,
-        reset=reset,
-        safeguard=safeguard,
-        check=False,
-        axis=axis,
-        **options,
-    )
+
+    def run(solver: Solver) -> tuple[Array, NewtonInfo]:
+        options = dataclasses.asdict(solver)
+        if axis is not None:
+            options["window"] = None
+        return newton_scan(
+            step,
+            params,
+            x,
+            h0,
+            jacobian=jacobian,
+            reset=reset,
+            safeguard=safeguard,
+            check=False,
+            axis=axis,
+            **options,
+        )
+
+    def both() -> tuple[Array, Array]:
+        return run(_iterating(solver))[0], run(Solver(method="sequential"))[0]
+
+    h, info = run(solver)
     notes.note("memory", h[:, -1])
+    notes.note("solved", both)
     return h, info
+
+
+def _iterating(solver: Solver) -> Solver:
+    """The solver, or Newton's method in place of what would run the steps one by one."""
+    if solver.method in ("auto", "sequential"):
+        return dataclasses.replace(solver, method="newton")
+    return solver
+
+
+def note_gates(
+    step: Callable[..., tuple[Array, tuple[Array, ...]]] | None,
+    params: Any,
+    u: Array,
+    h0: Array,
+    h: Array,
+    reset: Array | None,
+) -> None:
+    """Notes the gates of a cell that has been run, all steps at once.
+
+    Args:
+      step: the cell with its gates, see `ops.cells`; None: it has none.
+      params: of the cell.
+      u: what it read, (b t g d).
+      h0: the state before the first step, (b ...).
+      h: those behind each, (b t ...).
+      reset: bool (b t), True where a document begins.
+    """
+    if step is None:
+        return
+
+    def gates() -> Array:
+        before = delayed(h, h0.astype(h.dtype))
+        if reset is not None:
+            at_reset = reset.reshape(reset.shape + (1,) * (h.ndim - 2))
+            before = jnp.where(at_reset, jnp.zeros((), h.dtype), before)
+        each = jax.vmap(lambda h, u: step(params, h, u)[1], in_axes=1, out_axes=1)
+        return jnp.stack(each(before, u.astype(h.dtype)))
+
+    notes.note("gate", gates)
 
 
 def slstm_over_time(
@@ -236,8 +285,7 @@ def newton_measures(
       windows that do not settle and are run one step after another; max_jacobian, the largest
       |dh_t / dh_{t-1}|; lyapunov, see `ops.newton.stability`.
     """
-    if solver.method in ("auto", "sequential"):
-        solver = dataclasses.replace(solver, method="newton")
+    solver = _iterating(solver)
     h, info = newton_over_time(step, params, x, h0, jacobian=jacobian, reset=reset, solver=solver)
     time = h.shape[1]
     count = 1 if _axis(time) is not None else windows(time, solver.window)

@@ -42,10 +42,15 @@ def gru(params: GRUParams, h: Array, u: Array) -> Array:
     Cho et al. (2014), arXiv:1406.1078, with the reset behind the product, as cuDNN and PyTorch have
     it.
     """
+    return gru_and_gates(params, h, u)[0]
+
+
+def gru_and_gates(params: GRUParams, h: Array, u: Array) -> tuple[Array, tuple[Array, ...]]:
+    """`gru` with r and z, (b d) each."""
     mixed = _mixed(h, params.recurrent)
     r, z = (jax.nn.sigmoid(u[:, i] + mixed[:, i]) for i in range(2))
     n = jnp.tanh(u[:, 2] + r * (mixed[:, 2] + params.bias[None]))
-    return n + z * (h - n)
+    return n + z * (h - n), (r, z)
 
 
 class LSTMParams(NamedTuple):
@@ -61,12 +66,17 @@ def lstm(params: LSTMParams, state: Array, u: Array) -> Array:
 
     Gers, Schraudolph & Schmidhuber, Learning precise timing with LSTM recurrent networks (2002).
     """
+    return lstm_and_gates(params, state, u)[0]
+
+
+def lstm_and_gates(params: LSTMParams, state: Array, u: Array) -> tuple[Array, tuple[Array, ...]]:
+    """`lstm` with i, f and o, (b d) each."""
     c, h = state[:, 0], state[:, 1]
     gates, peephole = u + _mixed(h, params.recurrent), params.peephole[:, None]
     i, f = (jax.nn.sigmoid(gates[:, k] + peephole[k] * c) for k in range(2))
     c = f * c + i * jnp.tanh(gates[:, 3])
     o = jax.nn.sigmoid(gates[:, 2] + peephole[2] * c)
-    return jnp.stack([c, o * jnp.tanh(c)], axis=1)
+    return jnp.stack([c, o * jnp.tanh(c)], axis=1), (i, f, o)
 
 
 def para_gru(
@@ -84,10 +94,22 @@ def para_gru(
 
     Danieli et al., ParaRNN (2025), arXiv:2510.21450, section 3.
     """
+    return para_gru_and_gates(recurrent, h, u, update, reset, candidate)[0]
+
+
+def para_gru_and_gates(
+    recurrent: Array,
+    h: Array,
+    u: Array,
+    update: Nonlinearity = jax.nn.sigmoid,
+    reset: Nonlinearity = jax.nn.sigmoid,
+    candidate: Nonlinearity = jnp.tanh,
+) -> tuple[Array, tuple[Array, ...]]:
+    """`para_gru` with z and r, (b d) each."""
     a = recurrent[:, None]
     z, r = update(a[0] * h + u[:, 0]), reset(a[1] * h + u[:, 1])
     n = candidate(a[2] * h * r + u[:, 2])
-    return (1 - z) * h + z * n
+    return (1 - z) * h + z * n, (z, r)
 
 
 class ParaLSTMParams(NamedTuple):
@@ -114,8 +136,21 @@ def para_lstm(
 
     Danieli et al., ParaRNN (2025), arXiv:2510.21450, section 3.
     """
+    return para_lstm_and_gates(params, state, u, forget, output, candidate, cell)[0]
+
+
+def para_lstm_and_gates(
+    params: ParaLSTMParams,
+    state: Array,
+    u: Array,
+    forget: Nonlinearity = jax.nn.sigmoid,
+    output: Nonlinearity = jax.nn.sigmoid,
+    candidate: Nonlinearity = jnp.tanh,
+    cell: Nonlinearity = jnp.tanh,
+) -> tuple[Array, tuple[Array, ...]]:
+    """`para_lstm` with f and o, (b d) each."""
     (c, h), (a, peephole) = (state[:, 0], state[:, 1]), (p[:, None] for p in params)
     f = forget(a[0] * h + u[:, 0] + peephole[0] * c)
     c = f * c + (1 - f) * candidate(a[2] * h + u[:, 2])
     o = output(a[1] * h + u[:, 1] + peephole[1] * c)
-    return jnp.stack([c, o * cell(c)], axis=1)
+    return jnp.stack([c, o * cell(c)], axis=1), (f, o)

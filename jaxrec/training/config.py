@@ -113,6 +113,8 @@ class CommonConfig:
     size 1."""
     log_every: int = 10
     """Steps between two lines of metrics, >= 1."""
+    batch_limit: float = 600.0
+    """Seconds after which a run ends whose next batch is not there, > 0: the file system hangs."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class CommonConfig:
         if self.seed >= 2**32:
             raise UserError(f"seed must be below 2**32; got {self.seed}.")
         _at_least("log_every", self.log_every, 1)
+        _positive("batch_limit", self.batch_limit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 from jax.sharding import Mesh
 
 from jaxrec.errors import UserError
 from jaxrec.models.protocol import LanguageModelConfig
-from jaxrec.training import sharding
+from jaxrec.training import monitors, sharding
 from jaxrec.training.config import TrainConfig
 from jaxrec.training.data import Batches, Data, load_data
 from jaxrec.training.runs import load_model
@@ -101,28 +100,47 @@ def measure(
     return {name: float(value) for name, value in found.items()}
 
 
-def depth_divergence(
-    divergence: Callable[..., Array],
-    params: Any,
-    depths: tuple[int, ...],
-    config: TrainConfig,
-    data: Data,
-    mesh: Mesh,
-) -> dict[str, float]:
-    """Divergence of every depth from the deepest, nats per token, on one batch of validation
-    windows; by depth as text.
+def build_comparisons(
+    steps: Steps, model_config: LanguageModelConfig, config: TrainConfig, data: Data, mesh: Mesh
+) -> Callable[[Any], dict[str, Any]]:
+    """What the monitors of a run say at an evaluation, see `training.monitors`.
 
     Args:
-      divergence: from `monitors.build_divergence`.
-      params: parameters, on the mesh.
-      depths: to compare.
-      config: sizes.
+      steps: the run's compiled functions.
+      model_config: for the depths.
+      config: monitors, sizes and depths.
       data: whose validation side is read.
-      mesh: where the batch goes.
+      mesh: where batches go.
+
+    Returns:
+      params -> numbers of one batch of validation windows. With the monitor "depth", of a model
+      whose depth is chosen: kl_to_deepest, nats per token, and state_change, by depth as text, and
+      fixed_point_distance; with "newton": newton_error.
     """
-    batch, deepest = _first_batch(config, data, mesh), jnp.int32(max(depths))
-    found = {str(depth): divergence(params, batch, jnp.int32(depth), deepest) for depth in depths}
-    return {depth: float(value) for depth, value in jax.device_get(found).items()}
+    names, forward = config.monitor_names, monitors.language_model_forward
+    depths = evaluation_depths(model_config, config) if "depth" in names else ()
+    divergence = monitors.build_divergence(steps.computing, mesh)
+    changes = monitors.build_changes(forward, steps.computing, max(depths, default=0), mesh)
+    error = monitors.build_solver_error(forward, steps.computing, mesh)
+
+    def compare(params: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if not (depths or "newton" in names):
+            return found
+        batch = _first_batch(config, data, mesh)
+        if depths:
+            changed, deepest = np.asarray(changes(params, batch)), jnp.int32(max(depths))
+            found["kl_to_deepest"] = {
+                str(depth): float(divergence(params, batch, jnp.int32(depth), deepest))
+                for depth in depths
+            }
+            found["state_change"] = {str(depth): float(changed[depth - 1]) for depth in depths}
+            found["fixed_point_distance"] = float(changed[-1])
+        if "newton" in names:
+            found["newton_error"] = float(error(params, batch))
+        return found
+
+    return compare
 
 
 def _first_batch(config: TrainConfig, data: Data, mesh: Mesh) -> Any:

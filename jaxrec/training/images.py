@@ -31,11 +31,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrec.analysis.nonfinite import first_nonfinite_leaf
 from jaxrec.config import to_dict
 from jaxrec.errors import UserError
-from jaxrec.training import optim, sharding
+from jaxrec.training import hosts, optim, sharding
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import CommonConfig, OptimizerConfig, Precision
 from jaxrec.training.data.batches import prefetch
 from jaxrec.training.data.images import ImageFolder, Images
+from jaxrec.training.lock import locked
 from jaxrec.training.metrics import MetricsLog, report, truncate_after
 from jaxrec.training.sharding import OnMesh
 from jaxrec.training.step import cast_matrices, is_matrix, step_key
@@ -43,7 +44,7 @@ from jaxrec.training.step import cast_matrices, is_matrix, step_key
 Loss = Literal["each", "one"]
 State = dict[str, Any]
 
-FREE = ("mesh", "log_every", "save_epochs")
+FREE = ("mesh", "log_every", "save_epochs", "batch_limit")
 """Settings that a run may change when it goes on: its numbers are the same."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the colours of ImageNet, in shares of white."""
@@ -257,8 +258,9 @@ def train_images(
       stream: where a line is written for each line of metrics; nowhere if None.
 
     Raises:
-      UserError: the data do not fit the model, the folder holds a run with other settings, the
-        loss or a parameter is not finite, or a checkpoint could not be written or read.
+      UserError: the data do not fit the model, the folder holds a run with other settings or
+        another process writes into it, a batch did not come, the loss or a parameter is not finite,
+        or a checkpoint could not be written or read.
     """
     _check(model_config, train, valid, settings)
     mesh = sharding.build_mesh(settings.mesh)
@@ -268,6 +270,9 @@ def train_images(
     read = functools.partial(batch_of, train, settings)
     score = functools.partial(_accuracy, steps, valid, settings, mesh)
     with contextlib.ExitStack() as stack:
+        unlocked = hosts.first_does(lambda: stack.enter_context(locked(folder)))
+        if unlocked is not None and stream is not None:
+            print(unlocked, file=stream, flush=True)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
         first = checkpoints.latest_step() or 0
         told = _told(model_config, settings)
@@ -282,7 +287,8 @@ def train_images(
         log = stack.enter_context(MetricsLog(folder))
         accuracy = score(state) if first == last else 0.0
         rows = sharding.host_rows(settings.batch, mesh)
-        ahead = stack.enter_context(contextlib.closing(prefetch(read, first, last, rows)))
+        made = prefetch(read, first, last, rows, limit=settings.batch_limit)
+        ahead = stack.enter_context(contextlib.closing(made))
         for step, batch in ahead:
             state, loss = steps.train(state, sharding.put_rows(batch, mesh))
             now = step + 1

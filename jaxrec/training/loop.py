@@ -17,9 +17,8 @@ from jaxrec.training.config import TrainConfig
 from jaxrec.training.data import Batches, Data, HostBatch, load_data
 from jaxrec.training.evaluation import (
     Evaluation,
-    depth_divergence,
+    build_comparisons,
     evaluate,
-    evaluation_depths,
     measure,
 )
 from jaxrec.training.guard import explain_bad_step
@@ -91,9 +90,7 @@ def train(
         monitors.abstract_batch(config.batch, config.time, mesh),
         mesh,
     )
-    divergence = None
-    if "depth" in config.monitor_names and model_config.mean_depth is not None:
-        divergence = monitors.build_divergence(steps.computing, mesh)
+    compare = build_comparisons(steps, model_config, config, data, mesh)
     batches = Batches(data.train, batch=config.batch, time=config.time, seed=config.seed)
     with open_run(
         run, steps, resume=resume, start=start, tokenizer=data.tokenizer, stream=stream
@@ -132,10 +129,8 @@ def train(
             result = evaluate(steps, params, model_config, config, data, mesh, batches=batches)
             if measures := measure(steps, params, config, data, mesh):
                 now.log.log(step, measures, kind="model")
-            if divergence is not None:
-                depths = evaluation_depths(model_config, config)
-                diverged = depth_divergence(divergence, params, depths, config, data, mesh)
-                now.log.log(step, {"kl_to_deepest": diverged}, kind="monitor")
+            if compared := compare(params):
+                now.log.log(step, compared, kind="monitor")
             now.log.log(step, dataclasses.asdict(result), kind="valid")
             now.progress.note(f"step {step}  validation bits/byte  {result}")
             return result

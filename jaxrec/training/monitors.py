@@ -1,12 +1,15 @@
 """Monitors: numbers of the inside of a model, at an interval, as switches of any run.
 
-    depth   size and change of the latent state by loop; at evaluation, of a language model whose
-            depth is chosen, the divergence of every depth from the deepest
+    depth   size and change of the latent state by loop, of a solver of puzzles also the divergence
+            of every segment's answer from the last one's; at evaluation, of a language model whose
+            depth is chosen, the divergence of every depth from the deepest, the change of the state
+            in its last loop, and what one loop more would change: the distance to a fixed point
     state   size, token correlation and effective rank of the stream by layer or loop; size by time
             and of the states that are carried
     gates   largest |a| and what it leaves to 1, memories of the decays, share of saturated gates
     newton  iterations, residuals, rows that do not settle, windows run step by step; see
-            `measure` in `models.protocol`
+            `measure` in `models.protocol`; at evaluation, how far the states are from those of a
+            run step by step
 
 One compiled program beside the step computes them all, so that other steps cost nothing. What a
 model can give is found by tracing it: see `ops.notes` for how numbers leave a layer.
@@ -35,7 +38,7 @@ Monitor = Callable[..., dict[str, Array]]  # (params, batch) -> numbers; see `su
 Forward = Callable[[Any, Any], Any]  # (model, batch) -> anything: what is watched
 
 READS: dict[str, dict[str, notes.Reducer]] = {
-    "depth": {"loop": monitors.loop_numbers},
+    "depth": {"loop": monitors.loop_numbers, "answer": lambda logits: {ANSWERS: logits}},
     "state": {
         "stream": monitors.stream_numbers,
         "loop": lambda states: monitors.stream_numbers(states[1]),
@@ -44,10 +47,11 @@ READS: dict[str, dict[str, notes.Reducer]] = {
     "gates": {"decay": monitors.decay_numbers, "gate": monitors.gate_numbers},
 }
 """Monitor -> the notes that it reads, and what it makes of each."""
+ANSWERS = "answers"  # logits of every segment, which become `kl_to_deepest`
 NEWTON = "newton_iterations"  # a model that measures it can give the monitor
 BY_DEPTH = (
     *("latent_rms", "latent_change", "stream_rms", "token_correlation", "effective_rank"),
-    "memory_rms",
+    *("memory_rms", "kl_to_deepest"),
 )
 """Numbers of every loop or layer, of which the last stands for the model as well."""
 
@@ -83,6 +87,10 @@ def build_monitor(
         found: dict[str, Array] = {}
         for numbers in notes.collect(forward, reducers(wanted))(model, batch)[1].values():
             found |= numbers
+        if ANSWERS in found:
+            answers = found.pop(ANSWERS)
+            each = monitors.divergence(answers[-1:], answers)
+            found["kl_to_deepest"] = jnp.mean(each, axis=tuple(range(1, each.ndim)))
         return found | (_newton(model, batch) if "newton" in wanted else {})
 
     def given(name: str) -> bool:
@@ -112,14 +120,17 @@ def reducers(names: tuple[str, ...]) -> dict[str, notes.Reducer]:
     return {note: of(several) for note, several in readers.items()}
 
 
-def language_model_forward(model: Any, batch: Mapping[str, Array], *, parts: int = 1) -> Any:
-    """A call of a language model at its mean depth, from a drawn latent state, on one of so many
-    parts of a batch: no more rows than a step has in memory at once.
+def language_model_forward(
+    model: Any, batch: Mapping[str, Array], *, parts: int = 1, depth: int | None = None
+) -> Any:
+    """A call of a language model at a depth (None: its mean), from a drawn latent state, on one of
+    so many parts of a batch: no more rows than a step has in memory at once.
     """
     tokens, segments = (
         x.reshape(-1, parts, *x.shape[1:])[:, 0] for x in (batch["inputs"], batch["segment_ids"])
     )
-    options = loop_inputs(model.config, model.config.mean_depth, jax.random.key(0))
+    depth = model.config.mean_depth if depth is None else depth
+    options = loop_inputs(model.config, depth, jax.random.key(0))
     return model(tokens, segment_ids=segments, **options)
 
 
@@ -139,6 +150,40 @@ def build_divergence(model_of: Callable[[Any], Any], mesh: Mesh) -> Callable[...
         counts = batch["labels"] != IGNORED
         total = jnp.sum(jnp.where(counts, values, 0))
         return total / jnp.maximum(jnp.sum(counts, dtype=values.dtype), 1)
+
+    return OnMesh(jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
+
+
+def build_changes(
+    forward: Callable[..., Any], model_of: Callable[[Any], Any], deepest: int, mesh: Mesh
+) -> Callable[..., Array]:
+    """(params, batch) -> the change of the latent state in each of `deepest` + 1 loops, see
+    `analysis.monitors.loop_numbers`.
+
+    Args:
+      forward: (model, batch, depth) -> anything.
+      model_of: parameters -> model.
+      deepest: depth.
+      mesh: where the run is.
+    """
+
+    def run(params: Any, batch: Any) -> Array:
+        watched = notes.collect(
+            partial(forward, depth=deepest + 1), {"loop": monitors.loop_numbers}
+        )
+        return watched(model_of(params), batch)[1]["loop"]["latent_change"]
+
+    return OnMesh(jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
+
+
+def build_solver_error(
+    forward: Forward, model_of: Callable[[Any], Any], mesh: Mesh
+) -> Callable[..., Array]:
+    """(params, batch) -> the largest `newton_error` of all layers, see `analysis.monitors`."""
+
+    def run(params: Any, batch: Any) -> Array:
+        watched = notes.collect(forward, {"solved": monitors.solver_numbers})
+        return jnp.max(watched(model_of(params), batch)[1]["solved"]["newton_error"])
 
     return OnMesh(jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
 

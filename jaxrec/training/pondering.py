@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from jaxrec.models.hrm import HRM, Carry, Rows
+from jaxrec.ops import notes
 from jaxrec.ops.depth import RematPolicy, remat_scan
 from jaxrec.ops.stablemax import log_stablemax
 from jaxrec.training.data.batches import IGNORED
@@ -147,6 +148,7 @@ def solve(model: HRM, rows: Rows[Array]) -> Solution:
 
     def body(carry: Carry, _: None) -> tuple[Carry, Solution]:
         now = segment(model, carry, vectors)[1]
+        notes.note("answer", now.logits)
         answers = jnp.argmax(now.logits, axis=-1).astype(jnp.int32)
         return now.carry, Solution(answers, *scores(now.logits, rows.labels), now.q)
 

@@ -240,7 +240,8 @@ def run_steps(
     """
     run, config = running.run, running.run.config
     step, waiting = running.first, None
-    with contextlib.closing(prefetch(batches, step, config.steps, rows)) as coming:
+    ahead = prefetch(batches, step, config.steps, rows, limit=config.batch_limit)
+    with contextlib.closing(ahead) as coming:
         for step, host_batch in coming:
             begun = update(step, host_batch)
             if waiting is not None:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxrec.analysis.collectives import Exchange, by_axis, exchanges
+from jaxrec.analysis.collectives import Exchange, by_axis, exchanges, times_by_axis
 
 SIZES = {"data": 2, "model": 4}
 ROWS, WIDTH = 8, 12
@@ -97,3 +97,4 @@ def test_the_table_adds_up():
     ]
     assert by_axis(parts) == {"data": {"all-reduce": 21.0}, "data*model": {"all-gather": 12.0}}
     assert np.isclose(sum(by_axis(parts)["data"].values()), 21)
+    assert times_by_axis(parts) == {"data": {"all-reduce": 3}, "data*model": {"all-gather": 3}}

@@ -1,13 +1,17 @@
 """`jaxrec check`: that it finds what is wrong, and leaves no op out."""
 
+import inspect
 import json
+import re
+import typing
 
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 from jaxrec.cli import check, check_cases, main
-from jaxrec.ops import newton, time
+from jaxrec.ops import depth, newton, time
+from jaxrec.ops.newton.checks import Method
 
 
 def records(text):
@@ -30,15 +34,33 @@ def test_every_method_of_every_op_is_right_on_eight_devices(capsys):
     assert "over devices" in printed and "WRONG" not in printed
 
 
-def test_no_scan_is_left_out():
-    known = {case.op for case in check_cases.cases()}
-    scans = {name for name in (*time.__all__, *newton.__all__) if name.endswith("_scan")}
-    # Parts of others: of layers whose state is dense, of devices, and of Newton's method.
-    parts = {"dense_scan", "slstm_scan", "slstm_newton_scan"}
-    assert scans - parts - {name for name in scans if name.startswith("sharded")} <= known
-    assert {"linear_scan", "matrix_scan", "selective_scan"} <= {
-        case.op for case in check_cases.cases() if case.spread
-    }
+def test_no_scan_no_method_and_no_way_over_devices_is_left_out():
+    found = check_cases.cases()
+    run = {case.op: set() for case in found}
+    spread = {case.op: set() for case in found if case.spread}
+    for case in found:
+        (spread if case.spread else run)[case.op] |= set(case.methods)
+    assert all(len(case.methods) > 1 for case in found)  # the first is the definition
+    elsewhere = {"slstm_scan": "slstm", "slstm_newton_scan": "slstm"}
+    # What WKV and the memory of xLSTM are made of over devices.
+    elsewhere |= {"sharded_running_max": "wkv"}
+    for module in (time, newton, depth, depth.halting):
+        for name, function in vars(module).items():
+            if not inspect.isfunction(function) or not re.search("(scan|running_max)$", name):
+                continue
+            hints = typing.get_type_hints(function)
+            op = elsewhere.get(name, name.removeprefix("sharded_"))
+            if name.startswith("sharded_"):
+                assert op in spread, name
+            else:
+                assert set(typing.get_args(hints.get("method"))) <= run[op], name
+            if "axis" in hints:
+                assert op in spread, name
+            if "exchange" in hints:
+                assert set(typing.get_args(hints["exchange"])) <= spread[op], name
+    assert {"wkv", "iterate", "adaptive_loop", "fft_conv"} <= run.keys()
+    # Over devices there is no filter, see `newton_scan`.
+    assert set(typing.get_args(Method)) - {"elk", "quasi_elk"} <= spread["newton_scan"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -36,11 +39,30 @@ def test_what_each_device_holds(capsys):
     # At least the gradient of every parameter is summed over the devices of "data".
     sent = sum(sum(kinds.values()) for kinds in found["sent_per_device"].values())
     assert sent > count
+    times = found["exchanges_per_step"]
+    assert {axes: set(kinds) for axes, kinds in times.items()} == {
+        axes: set(kinds) for axes, kinds in found["sent_per_device"].items()
+    }
+    assert all(count >= 1 for kinds in times.values() for count in kinds.values())
+
+
+@pytest.mark.slow  # two stacks to compile
+def test_a_solver_of_puzzles_has_a_carry(capsys):
+    argv = "jaxrec.models.hrm:SUDOKU_4X4 --model.width 16 --model.heads 2 --mesh data=2 --batch 4"
+    argv += " --model.high-layers 1 --model.low-layers 1 --json"
+    assert main.main(["plan", *argv.split()]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_step"] == 4 * 16
+    # Of each of two rows: two states, three numbers of a token, steps, puzzle, and what halted.
+    assert found["bytes_per_device"]["carry"] == 2 * (2 * 16 * 16 * 4 + 2 * 16 * 4 + 4 + 4 + 1)
+    assert found["bytes_per_device"]["optimizer"] > found["bytes_per_device"]["parameters"]
+    assert found["flops_per_step"] > 6 * found["parameters"]
+    assert set(found["sent_per_device"]) == {"data"}
 
 
 def test_one_device_sends_nothing_and_is_told_so(capsys):
     printed = planned(capsys, "--mesh data=1 --card v5e")
-    assert "sent by each device in a step, MB:\n  nothing" in printed
+    assert "sent by each device in a step, MB, in so many exchanges:\n  nothing" in printed
     assert "Nothing was measured on v5e" in printed and "DOES NOT FIT" not in printed
 
 
@@ -56,14 +78,35 @@ def test_more_devices_than_there_are(capfd):
     assert json.loads(capfd.readouterr().out)["devices"] == 64
 
 
+@pytest.mark.slow  # a program of 7 billion parameters
+def test_seven_billion_parameters_on_512_devices_are_planned_on_a_laptop():
+    """In 10 s of the processor and 0.9 GB, measured; the parameters alone would take 27 GB."""
+    argv = "jaxrec.models.xlstm:XLSTM_7B --mesh data=16,fsdp=32 --precision bfloat16 --time 4096"
+    command = [sys.executable, "-m", "jaxrec.cli.main", "plan", *argv.split()]
+    # As a user runs it: none of the flags of the tests, and nothing compiled before.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    options = ["--batch", "512", "--json"]
+    with subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE) as process:
+        printed = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)  # of the process and of those that it waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    found = json.loads(printed)
+    assert found["devices"] == 512
+    assert found["parameters"] == 6_865_424_896
+    assert used.ru_maxrss * 1024 < 2e9 < 4 * found["parameters"]
+    assert used.ru_utime + used.ru_stime < 60
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (f"{SMALL} --card H10", "--card: 'H10' is unknown. Did you mean H100?"),
         (f"{SMALL} --mesh data=3", "8 sequences per batch"),
         (
-            "jaxrec.models.hrm:SUDOKU_4X4",
-            "is no language model; plans are made",
+            "jaxrec.models.sequence_classifier:DIGITS --data digits",
+            "is a classifier; plans are made for language models",
         ),
         ("--mesh data=2", "MODEL comes first: jaxrec plan"),
     ],

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrec.analysis.monitors import gate_numbers
 from jaxrec.layers.cells import SLSTM, Bidirectional, CellConfig
+from jaxrec.layers.pararnn import ParaRNNConfig
+from jaxrec.ops import notes
 from tests import references
 
 INIT = jax.nn.initializers.normal()
@@ -113,3 +116,32 @@ def test_two_directions_have_no_state_to_stream_from():
 def test_a_configuration_that_does_not_fit_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         CellConfig(**{"kind": "gru", "inputs": 3, "width": 4} | fields)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "para_gru", "para_lstm"])
+def test_gates_are_noted_as_the_steps_open_them(kind):
+    """A bias far from zero shuts or opens the first gate of all steps, a state of 1 no other."""
+    if kind.startswith("para_"):
+        config = ParaRNNConfig(cell=kind.removeprefix("para_"), inputs=5, width=4)
+        layer = config.build(rngs=nnx.Rngs(0))
+        layer.bias[...] = layer.bias[...].at[0].set(30.0)
+        gates = 2
+    else:
+        layer = classical(kind)
+        layer.input.bias[...] = layer.input.bias[...].at[0].set(30.0)
+        gates = {"gru": 2, "lstm": 3}[kind]
+    x = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
+    reset = np.arange(7)[None] == np.array([[3], [5]])
+
+    def keep(gate):
+        return {"gate": gate}
+
+    state = layer.init_state(2) + 1
+    (_, found), whole = notes.collect(layer, {"gate": keep})(x, state, reset=reset), []
+    assert found["gate"]["gate"].shape[:2] == (1, gates)
+    assert gate_numbers(found["gate"]["gate"])["saturated_gates"] == 1 / gates
+    for t in range(7):  # the same one step at a time
+        step = x[:, t : t + 1], state
+        (_, state), seen = notes.collect(layer, {"gate": keep})(*step, reset=reset[:, t : t + 1])
+        whole.append(seen["gate"]["gate"][0, :, :, 0])
+    np.testing.assert_allclose(found["gate"]["gate"][0], np.stack(whole, axis=2), atol=1e-6)

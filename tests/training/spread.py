@@ -39,8 +39,10 @@ STEPS, BATCH, TIME, VOCABULARY, WIDTH = 20, 8, 20, 256, 32
 MESHES = ("data=8", "fsdp=8", "data=2,model=4", "data=2,seq=4")
 # The first updates of Adam have the sign of a gradient, whatever its size. At the full rate, what
 # is rounding of a gradient near zero becomes a change of the losses: 9e-4 in 20 steps of GLA,
-# against 4e-7 with a warm-up.
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=STEPS, schedule="constant")
+# against 4e-7 with a warm-up. Gradients are not cut, so that their size shows in the moments.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-3, warmup_steps=STEPS, schedule="constant", clip_norm=None
+)
 SMALL = {
     "vocab_size": VOCABULARY,
     "width": WIDTH,
@@ -69,6 +71,7 @@ class Trial(NamedTuple):
     """What came of training on a mesh."""
 
     losses: np.ndarray  # (STEPS)
+    gradients: np.ndarray  # (STEPS): global norms of Adam's first moment
     text: str  # of the compiled step
     params: Any  # abstract, with where they lie
 
@@ -121,13 +124,22 @@ def trial(subject: Subject, mesh: str) -> Trial:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state["params"]
     )
     compiled = program.train.lower(state, *program.batch(0)).compile()
-    losses = []
+    losses, gradients = [], []
     for step in range(STEPS):
         state, metrics = compiled(state, *program.batch(step))
         # One program with collectives at a time: see `sharding.is_virtual`.
         jax.block_until_ready(state)
         losses.append(float(metrics["loss"] if isinstance(metrics, dict) else metrics))
-    return Trial(np.array(losses), compiled.as_text(), params)
+        gradients.append(first_moment(state["opt_state"]))
+    return Trial(np.array(losses), np.array(gradients), compiled.as_text(), params)
+
+
+def first_moment(state: Any) -> float:
+    """The global norm of the gradient's running mean."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    squares = [np.sum(np.square(x)) for path, x in leaves if ".mu" in jax.tree_util.keystr(path)]
+    assert squares
+    return float(np.sqrt(np.sum(squares)))
 
 
 def tokens(step: int, batch: int = BATCH) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.images import ImageFolder
 from jaxrec.training.images import ImageSettings, batch_of, mixed, train_images
+from jaxrec.training.lock import locked
 from jaxrec.training.metrics import read
 from tests.training.test_data_images import write
 
@@ -104,6 +105,12 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path):
         train_images(MODEL, data, data, settings, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
         assert saved.latest_step() is None
+
+
+def test_two_runs_cannot_write_into_one_folder(data, tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="is being written by process"):
+        train_images(MODEL, data, data, SETTINGS, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
 
 
 def test_eight_devices_agree_with_one(data, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,9 +18,16 @@ import pytest
 from jaxrec.errors import UserError
 from jaxrec.training.checkpoint import Checkpoints
 from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.data.batches import Batches
 from jaxrec.training.loop import train
 from jaxrec.training.metrics import read
-from tests.training.commands import kill_after_lines, train_words
+from tests.training.commands import (
+    PATIENCE,
+    kill_after_lines,
+    started,
+    train_words,
+    wait_for_lines,
+)
 from tests.training.small import HUGINN, MODELS, run_config, write_text
 
 HUGINN_PATH, LINEAR_RNN_PATH = MODELS
@@ -237,6 +245,51 @@ def test_a_bad_part_of_a_batch_is_found(text, tmp_path):
     told = str(error.value)
     assert "in microbatch" in told or "First not finite: parameter" in told
     assert told.endswith("Lower optimizer.learning_rate or set optimizer.clip_norm.")
+
+
+def test_a_batch_that_does_not_come_ends_the_run(text, tmp_path, monkeypatch):
+    """In one line, after the seconds that were asked for; nothing that was saved is lost."""
+    hang, make = threading.Event(), Batches.__call__
+
+    def hung(self, step, rows=slice(None)):
+        if step == 3 and not hang.wait(60):
+            raise RuntimeError("the run did not end by itself")
+        return make(self, step, rows)
+
+    config = run_config(text, steps=6, save_every=2, batch_limit=1.0)
+    arguments = (LINEAR_RNN_PATH, MODELS[LINEAR_RNN_PATH], config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", hung)
+        with pytest.raises(UserError, match="batch of step 3 was not there after 1 s"):
+            train(*arguments, runs=tmp_path)
+        hang.set()
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    assert train(*arguments, runs=tmp_path, resume=True).step == 6
+    with pytest.raises(UserError, match="batch_limit must be positive"):
+        run_config(text, batch_limit=0.0)
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_folder_that_becomes_read_only_ends_the_run(text, tmp_path):
+    """In one line, and the run goes on once it can be written again."""
+    config = run_config(text, steps=4000, save_every=20)
+    model = MODELS[LINEAR_RNN_PATH]
+    words = train_words(LINEAR_RNN_PATH, model, config, tmp_path)
+    folder, log = tmp_path / "run" / "checkpoints", tmp_path / "log"
+    with started(words, log=log, obeys_modes=True) as child:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 50, child)
+        folder.chmod(0o555)
+        try:
+            assert child.wait(PATIENCE) == 2
+        finally:
+            folder.chmod(0o755)
+    told = [line for line in log.read_text().splitlines() if "Could not save" in line]
+    assert len(told) == 1 and "(Permission denied); the last good checkpoint is step" in told[0]
+    assert "Traceback" not in log.read_text()
+    kept = int(told[0].partition("the last good checkpoint is step ")[2].split(".")[0])
+    resumed = dataclasses.replace(config, steps=kept + 3)
+    assert train(LINEAR_RNN_PATH, model, resumed, runs=tmp_path, resume=True).step == kept + 3
 
 
 def test_a_run_may_be_trained_outside_the_main_thread(text, tmp_path):

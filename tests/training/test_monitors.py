@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 
 from jaxrec.analysis.depth_use import latent_changes
 from jaxrec.cli.train import command_line, parse
 from jaxrec.errors import UserError
+from jaxrec.layers.scan import Solver
 from jaxrec.models import (
     hrm,
     linear_attention,
@@ -51,8 +53,11 @@ GIVES = {
     "recurrentgemma": (recurrentgemma.TINY, {"state", "gates"}),
     "rwkv": (rwkv.TINY, {"state", "gates"}),
     "xlstm": (xlstm.TINY, {"state", "gates"}),
-    "rnn": (rnn.TINY_GRU, {"state", "newton"}),
-    "pararnn": (pararnn.TINY_GRU, {"state", "newton"}),
+    "elman": (dataclasses.replace(rnn.TINY_GRU, cell="elman"), {"state", "newton"}),
+    "gru": (rnn.TINY_GRU, {"state", "gates", "newton"}),
+    "lstm": (dataclasses.replace(rnn.TINY_GRU, cell="lstm"), {"state", "gates", "newton"}),
+    "para_gru": (pararnn.TINY_GRU, {"state", "gates", "newton"}),
+    "para_lstm": (pararnn.TINY_LSTM, {"state", "gates", "newton"}),
 }
 
 
@@ -137,9 +142,34 @@ def test_at_evaluation_depths_are_compared_with_the_deepest(looped):
     assert line["kl_to_deepest"]["1"] > 1e-6
 
 
-def test_the_plot_has_panels_for_them(looped):
+def test_at_evaluation_the_state_is_watched_at_the_depths(looped):
+    """As `latent_changes` has it of the same windows, and one loop behind the deepest."""
+    (line,) = [line for line in watched(looped) if "state_change" in line]
+    config, data = looped.run.config, looped.data
+    windows = Batches(
+        data.valid, batch=config.batch, time=config.time, shuffle=False, max_windows=config.batch
+    )
+    batch = windows(0, slice(None))
+    assert not np.any(np.diff(batch["segment_ids"], axis=1)), "latent_changes knows one document"
+    changes = latent_changes(looped.model, batch["inputs"], depth=4, key=jax.random.key(0))
+    want = np.mean(np.asarray(changes), axis=(1, 2))
+    assert line["state_change"] == pytest.approx({"1": want[0], "3": want[2]}, rel=1e-4)
+    assert line["fixed_point_distance"] == pytest.approx(want[3], rel=1e-4)
+
+
+def test_the_plot_has_a_panel_for_each(looped, monkeypatch):
+    saved, real = [], Figure.savefig
+
+    def save(figure, *arguments, **options):
+        saved.append(figure)
+        real(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     picture = plot_curves(looped.run.folder)
-    assert picture is None or picture.stat().st_size > 10_000
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    titles = {panel.get_title() for panel in saved[0].axes if panel.get_visible()}
+    names = {name for line in watched(looped) for name in line} - {"step", "kind", "time"}
+    assert {name.replace("_", " ") for name in names} <= titles and len(names) > 8
 
 
 def test_the_step_is_the_same_program_with_and_without(text):
@@ -214,6 +244,20 @@ def test_newton_is_watched_as_it_is_measured():
     assert 0 <= found["newton_residual_median"] <= found["newton_residual_p90"] < 1e-6
 
 
+@pytest.mark.parametrize("max_iters", [None, 2])
+def test_newton_is_compared_with_a_run_step_by_step(max_iters):
+    """What has not settled is told by how far it is from where it should be."""
+    solver = Solver(method="newton", max_iters=max_iters, tol=None if max_iters is None else 1.0)
+    config = dataclasses.replace(PARARNN, solver=solver)
+    mesh = sharding.build_mesh("data=1")
+    steps = build_steps(config, run_config("-"), mesh)
+    error = monitors.build_solver_error(monitors.language_model_forward, steps.computing, mesh)
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 16)).astype(np.int32)
+    params = nnx.to_pure_dict(nnx.split(initialised(config))[1])
+    found = error(params, {"inputs": tokens, "segment_ids": np.zeros_like(tokens)})
+    assert found < 1e-6 if max_iters is None else found > 1e-5
+
+
 @pytest.mark.slow
 def test_a_solver_is_watched_by_cycle(tmp_path):
     model = dataclasses.replace(hrm.SUDOKU_4X4, width=16, heads=2, high_layers=1, low_layers=1)
@@ -232,6 +276,8 @@ def test_a_solver_is_watched_by_cycle(tmp_path):
     (line,) = watched(outcome)
     assert len(line["latent_rms_by_depth"]) == model.max_segments * model.high_cycles
     assert line["latent_rms"] == pytest.approx(1, rel=1e-2)  # its last norm has no scale
+    *earlier, last = line["kl_to_deepest_by_depth"]
+    assert len(earlier) == model.max_segments - 1 and last == 0 < min(earlier)
 
 
 def test_they_are_options_of_train_and_kept_when_a_command_is_printed():

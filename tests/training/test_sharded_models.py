@@ -1,5 +1,6 @@
 """Every model on several meshes: the losses of 20 steps, and what the compiled step sends."""
 
+import dataclasses
 import functools
 import math
 import pkgutil
@@ -16,13 +17,33 @@ from jaxrec import models
 from jaxrec.analysis.collectives import exchanges
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.embedding import Embedding
-from jaxrec.models import linear_rnn
+from jaxrec.models import huginn, linear_rnn
+from jaxrec.training.config import TrainConfig
 from jaxrec.training.sharding import batch_sharding, build_mesh, parse_mesh
-from tests.training.spread import BATCH, MESHES, WIDTH, language_model, smaller, subjects, trial
+from jaxrec.training.step import build_steps
+from tests.training.spread import (
+    BATCH,
+    MESHES,
+    OPTIMIZER,
+    TIME,
+    WIDTH,
+    language_model,
+    smaller,
+    subjects,
+    trial,
+)
 
 SUBJECTS = subjects()
 QUICK = {("huginn", "data=2,model=4"), ("linear_rnn", "data=2,seq=4")}
 """The others are slow: each has a program to compile."""
+SEES_ALL_OF_TIME = {
+    # Softmax attention gathers keys and values over "seq", see docs/scaling.md.
+    *("huginn", "universal_transformer", "recurrentgemma", "prefix_linear"),
+    # The length of a puzzle, the patches of an image and the nodes of a graph are not split.
+    *("hrm", "vit", "plstm_vision", "graph_classifier"),
+}
+GATHERED_ONCE = {"huginn"}
+"""A looped core, whose layers are all gathered before the first loop: see `layers.gathered`."""
 
 
 def cases(meshes=MESHES):
@@ -48,24 +69,45 @@ def test_losses_are_those_of_one_device(subject, mesh):
     one, many = trial(subject, "data=1"), trial(subject, mesh)
     assert np.all(np.isfinite(one.losses)) and np.ptp(one.losses) > 0
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+    # Adam's steps, and so the losses, hide a gradient of the wrong size.
+    np.testing.assert_allclose(many.gradients, one.gradients, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("subject", "mesh"), cases(("data=8", "data=2,model=4")))
+@pytest.mark.parametrize(("subject", "mesh"), cases())
 def test_nothing_whole_is_gathered(subject, mesh):
     """Over "data" only sums are exchanged, numbers of rows, and rows that change places, as mixup
-    has them; and over "model" no matrix that is split is put together."""
+    has them; over "model" no matrix that is split is put together; over "seq" nothing that is as
+    long as a row but its numbers of documents and positions; over "fsdp" one layer's parameters at
+    a time and nothing of the batch."""
     result = trial(subject, mesh)
     found = exchanges(result.text, parse_mesh(mesh))
     gathers = [one for one in found if one.kind not in ("all-reduce", "collective-permute")]
-    over_rows = [one for one in gathers if "data" in one.axes]
-    assert all(math.prod(shape) <= BATCH for one in over_rows for shape in one.shapes)
-    whole = set()
+
+    def shapes(axis):
+        return [shape for one in gathers if axis in one.axes for shape in one.shapes]
+
+    assert all(math.prod(shape) <= BATCH for shape in shapes("data"))
+    split, layers, stacks = set(), set(), set()
     for x in jax.tree.leaves(result.params):
+        is_stack = x.ndim > 2 and x.sharding.spec[0] is None
+        layers |= {dimensions(x.shape[1:] if is_stack or x.ndim == 2 else x.shape)}
+        layers |= set() if is_stack else {dimensions(x.shape)}
+        stacks |= {dimensions(x.shape)} if is_stack else set()
         if any("model" in (axes or ()) for axes in x.sharding.spec):
             # A stack, or one of its layers; vectors are left out.
-            whole |= {dimensions(x.shape), dimensions(x.shape[1:])}
-    whole = {shape for shape in whole if math.prod(shape) >= WIDTH**2}
-    assert not [one for one in gathers for shape in one.shapes if dimensions(shape) in whole]
+            split |= {dimensions(x.shape), dimensions(x.shape[1:])}
+    split = {shape for shape in split if math.prod(shape) >= WIDTH**2}
+    assert not [shape for shape in shapes("model") if dimensions(shape) in split]
+    if subject.module not in SEES_ALL_OF_TIME:
+        as_long = [shape for shape in shapes("seq") if any(size % TIME == 0 for size in shape)]
+        assert all(math.prod(shape) <= BATCH * TIME for shape in as_long)
+    if subject.module in GATHERED_ONCE:
+        layers |= stacks
+    of_weights = [shape for shape in shapes("fsdp") if math.prod(shape) > BATCH]
+    if mesh == "fsdp=8":
+        scattered = [one for one in gathers if one.kind == "reduce-scatter"]
+        of_weights = [one for one in of_weights if all(one not in x.shapes for x in scattered)]
+        assert of_weights and not [one for one in of_weights if dimensions(one) not in layers]
 
 
 def dimensions(shape):
@@ -123,6 +165,34 @@ def test_accumulation_and_remat_change_no_loss(changes):
     one = trial(plain._replace(program=usual), "data=1")
     many = trial(plain._replace(program=program), "data=2,fsdp=2,model=2")
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_accumulation_and_remat_of_a_looped_model_agree_over_devices():
+    """Each microbatch draws its latent states by a key of its own, wherever its rows lie."""
+    (plain,) = (each for each in SUBJECTS if (each.module, each.name) == ("huginn", "TINY"))
+    program = functools.partial(language_model, smaller(huginn.TINY), batch=2 * BATCH, accumulate=2)
+    one = trial(plain._replace(program=functools.partial(program, remat="none")), "data=1")
+    many = plain._replace(program=functools.partial(program, remat="sqrt"))
+    many = trial(many, "data=2,fsdp=2,model=2")
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(many.gradients, one.gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_no_device_ever_holds_a_whole_parameter_at_the_start(ema):
+    """Of eight devices each draws its part: all that the program has in memory at once is less than
+    twice that, and much less than the largest parameter."""
+    config = dataclasses.replace(linear_rnn.TINY, vocab_size=4096, width=64, layers=2)
+    optimizer = dataclasses.replace(OPTIMIZER, ema_decay=ema)
+    run = TrainConfig(batch=BATCH, time=TIME, mesh="fsdp=8", optimizer=optimizer)
+    steps = build_steps(config, run, build_mesh("fsdp=8"))
+    memory = steps.init.lower().compile().memory_analysis()
+    leaves = jax.tree.leaves(steps.abstract)
+    parts = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    assert memory.output_size_in_bytes < 1.1 * parts
+    assert memory.temp_size_in_bytes < largest / 2
 
 
 @pytest.mark.parametrize(

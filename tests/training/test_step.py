@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxrec.models.linear_rnn import LinearRNNConfig
 from jaxrec.training.config import TrainConfig
 from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.sharding import build_mesh
@@ -49,6 +51,51 @@ def test_after_a_bad_step_nothing_changes_any_more(steps):
         state, metrics = steps.train(state, good_or_bad, jnp.int32(0))
         assert not metrics["healthy"]
         assert int(state["step"]) == 0
+    for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+class Steep(nnx.Module):
+    """Its loss is that of the model, and its gradient is not finite."""
+
+    def __init__(self, model):
+        self.config, self.model = model.config, model
+
+    def __call__(self, tokens, **options):
+        return self.model(tokens, **options)
+
+    def train_call(self, tokens, *, key, **options):
+        logits, _ = self(tokens, **options)
+        scale = self.model.norm.scale[...][0]
+        nothing = scale - jax.lax.stop_gradient(scale)
+        # The slope of a root at zero; or one whose square is beyond float32, as in a global norm.
+        nothing = jax.lax.cond(
+            tokens[0, 0] == 0, lambda x: jnp.sqrt(x * x), lambda x: 1e25 * x, nothing
+        )
+        return logits, jnp.broadcast_to(nothing, tokens.shape)
+
+
+class SteepConfig(LinearRNNConfig):
+    def build(self, *, rngs):
+        return Steep(super().build(rngs=rngs))
+
+
+@pytest.fixture(scope="module")
+def steep():
+    return build_steps(SteepConfig(**vars(LINEAR_RNN)), CONFIG, build_mesh("data=1"))
+
+
+@pytest.mark.parametrize(("first", "norm"), [(0, np.nan), (1, np.inf)], ids=["nan", "too large"])
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(steep, first, norm):
+    """Cut to a global norm, the large one becomes zero: no parameter would show it."""
+    state = steep.init()
+    before = jax.device_get(state["params"])
+    bad = batch()
+    bad["inputs"] = bad["inputs"].at[0, 0].set(first)
+    state, metrics = steep.train(state, bad, jnp.int32(0))
+    assert np.isfinite(metrics["loss"])
+    np.testing.assert_equal(np.asarray(metrics["grad_norm"]), np.float32(norm))
+    assert not metrics["healthy"] and int(state["step"]) == 0
     for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(state["params"]), strict=True):
         np.testing.assert_array_equal(left, right)
 

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from jaxrec.ops.time import block, scan
 from jaxrec.ops.time.scan import Method, shifted
+from jaxrec.ops.time.sharded import from_all
 
 
 class Line(NamedTuple):
@@ -57,7 +58,7 @@ class Line(NamedTuple):
         so_far = lax.cummin(holds.astype(jnp.int8), axis=1) == 1
         if self.axis is None:
             return so_far
-        every = lax.all_gather(so_far[:, -1], self.axis)  # (devices b)
+        every = from_all(so_far[:, -1].astype(jnp.int32), self.axis) == 1  # (devices b)
         earlier = jnp.arange(every.shape[0], dtype=jnp.int32) < lax.axis_index(self.axis)
         return so_far & jnp.all(every | ~earlier[:, None], axis=0)[:, None]
 
@@ -78,7 +79,8 @@ class Line(NamedTuple):
         self, product: Array, alone: Array, start: Array, *, reverse: bool
     ) -> tuple[Array, Array]:
         """The state that leaves the last device, and the one that enters this one."""
-        every = lax.all_gather((product, alone), self.axis)
+        assert self.axis is not None
+        every = from_all(product, self.axis), from_all(alone, self.axis)
 
         def step(state: Array, one: tuple[Array, Array]) -> tuple[Array, Array]:
             p, q = one

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxrec.ops.kept import kept
 from jaxrec.ops.time import scan, selective
@@ -141,7 +141,7 @@ def sharded_running_max(
 
     def run(log_decay: Array, x: Array, m0: Array) -> tuple[Array, Array]:
         _, alone = run_max(log_decay, x, jnp.full_like(m0, -jnp.inf), method)
-        every = lax.all_gather(jnp.stack([jnp.sum(log_decay, axis=1), alone]), axis)
+        every = from_all(jnp.stack([jnp.sum(log_decay, axis=1), alone]), axis)
 
         def step(m: Array, one: Array) -> tuple[Array, Array]:
             return jnp.maximum(one[0] + m, one[1]), m
@@ -328,6 +328,27 @@ def _on_devices(
     return jax.jit(mapped)  # only a compiled shard_map may leave axes to the compiler
 
 
+def from_all(x: Array, axis: str) -> Array:
+    """What every device of a mesh axis holds, along a new leading axis; x is a number, not a bool.
+
+    Where other axes of the mesh are left to the compiler, it is a sum in which each device fills
+    its own place: for a gather XLA first undoes their split, and every device would be sent the
+    maps of all rows.
+    """
+    mesh, size = jax.sharding.get_abstract_mesh(), lax.axis_size(axis)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    is_alone = all(
+        mesh.shape[name] == 1 or kind != AxisType.Auto
+        for name, kind in kinds.items()
+        if name != axis
+    )
+    if is_alone:
+        return lax.all_gather(x, axis)
+    is_own = jnp.arange(size, dtype=jnp.int32) == lax.axis_index(axis)
+    is_own = is_own.reshape(size, *[1] * x.ndim)
+    return lax.psum(jnp.where(is_own, x[None], jnp.zeros((), x.dtype)), axis)
+
+
 class _Kind(NamedTuple):
     """How maps x -> P x + q are kept in one array, and what P x is."""
 
@@ -378,7 +399,7 @@ def _exchange(
     size = lax.axis_size(axis)
     rank = size - 1 - lax.axis_index(axis) if reverse else lax.axis_index(axis)
     if exchange == "all_gather":
-        every = lax.all_gather(maps, axis)
+        every = from_all(maps, axis)
         every = jnp.flip(every, 0) if reverse else every
 
         def step(state: Array, one: Array) -> tuple[Array, Array]:

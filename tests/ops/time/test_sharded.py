@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.analysis.collectives import exchanges
 from jaxrec.ops.time import (
     linear_scan,
     matrix_scan,
@@ -262,6 +263,27 @@ def test_only_carries_travel(exchange, forward, both):
         found, size = collectives(program)
         assert found == counts
         assert size <= largest
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ppermute"])
+def test_rows_and_channels_stay_where_other_axes_split_them(exchange):
+    """Only devices that share rows and channels exchange, and only the maps of these."""
+    sizes = {"data": 2, "seq": 2, "model": 2}
+    devices, width = mesh(sizes), 2 * WIDTH
+    a, b = np.ones((2, BATCH, TIME, width), np.float32)
+    place = jax.NamedSharding(devices, jax.P("data", "seq", "model"))
+
+    def loss(a, b):
+        h, last = sharded_linear_scan(a, b, axis="seq", exchange=exchange)
+        return jnp.sum(h * h) + jnp.sum(last)
+
+    with jax.set_mesh(devices):
+        step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=place, out_shardings=place)
+        text = step.lower(a, b).compile().as_text()
+    found = exchanges(text, sizes)
+    assert found and all(one.axes == ("seq",) for one in found)
+    most = 2 * 2 * (BATCH // 2) * (width // 2)
+    assert all(np.prod(shape) <= most for one in found for shape in one.shapes)
 
 
 @pytest.mark.parametrize("rule, width", [("gated", 1 + VALUES), ("delta", KEYS + VALUES)])
