@@ -36,7 +36,10 @@ NETWORK = {
     *("huggingface_hub", "datasets", "gdown", "boto3", "fsspec"),
 }
 ARCHIVES = {"zipfile", "tarfile", "gzip", "lzma", "bz2"}
-COMPRESSES = {"analysis/text_baselines.py"}  # measures how well gzip does, and reads nothing
+UNPACKS_NOTHING = {
+    "analysis/text_baselines.py",  # measures how well gzip does, and reads nothing
+    "training/data/examples.py",  # names the error of a damaged .npz, which NumPy reads
+}
 
 
 def name_of(node: ast.AST) -> str:
@@ -58,7 +61,7 @@ def imported(tree: ast.AST) -> set[str]:
 def test_no_source_can_run_a_file_open_an_archive_or_reach_the_network(path):
     tree = SOURCES[path]
     assert not imported(tree) & (RUNS_CODE | NETWORK)
-    if str(path.relative_to(ROOT)) not in COMPRESSES:
+    if str(path.relative_to(ROOT)) not in UNPACKS_NOTHING:
         assert not imported(tree) & ARCHIVES
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
