@@ -300,7 +300,7 @@ def _newton(
             plan.rules,
         )
         h, settled = structure.joined(outcome.h), outcome.settled
-        failed = line.any(~settled)
+        failed = ~outcome.all_settled
         if plan.rules.safeguard:
 
             def rescued(h: Array) -> Array:
