@@ -97,6 +97,18 @@ def test_windows_change_nothing(window):
     assert info.converged
 
 
+def test_a_window_begins_at_the_mean_state_of_the_one_before():
+    """A state around 2, which is far from zero: all but the first window settle in three."""
+    x = 8 + 0.5 * inputs(time=64)[1]
+    h0 = np.full((BATCH, WIDTH), 2.0, np.float32)
+    cubic = lambda params, h, x: h + 0.1 * (x - h**3)  # noqa: E731
+    options = (("window", 16), ("max_iters", 3), ("tol", 1e-6))
+    h, info = run(cubic, (), x, h0, options=options)
+    np.testing.assert_allclose(h, loop(cubic, (), x, h0), atol=5e-6)
+    _, from_zero = run(cubic, (), x, h0, options=options, guess=0.1 * x)
+    assert (int(info.fallbacks), int(from_zero.fallbacks)) == (1, 4)
+
+
 def test_auto_is_sequential_on_cpu():
     args = inputs(time=300)
     h, info = run(dense, *args, method="auto")
