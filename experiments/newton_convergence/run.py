@@ -1,7 +1,8 @@
 """When Newton's method solves a recurrence in few iterations, when it does not, and what helps.
 
 Errors by iteration of ParaGRU and ParaLSTM at several gate scales; iterations against length, gate
-scale and dtype; and every solver on a dense GRU whose gain takes it from forgetting to chaos.
+scale and dtype, and by where a window begins; and every solver on a dense GRU whose gain takes it
+from forgetting to chaos.
 Writes results.json and convergence.png; with --smoke, short sequences and nothing is written.
 """
 
@@ -10,14 +11,17 @@ import functools
 import json
 import sys
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from figures import plot
+from gains import SOLVERS, solver_against_gain
 
 from jaxrec.ops import cells
-from jaxrec.ops.newton import newton_scan, stability
+from jaxrec.ops.newton import newton_scan
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
@@ -31,44 +35,61 @@ SCALES: dict[str, tuple[float, float]] = {
     "N(0, 2^2)": (2.0, np.inf),
 }
 """Deviation of the recurrent entries, and where they are cut."""
-SOLVERS: dict[str, dict[str, Any]] = {
-    "newton": {"method": "newton"},
-    "quasi_newton": {"method": "quasi_newton"},
-    "elk": {"method": "elk", "variance": 1.0},
-    "damped": {"method": "newton", "relaxation": 0.5},
-    "clipped": {"method": "newton", "clip": 1.0},
-}
-GAINS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
     parser.add_argument("--smoke", action="store_true", help="short sequences, nothing written")
     options = parser.parse_args()
-    results = run(options.smoke)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if not options.smoke:
-        (HERE / "results.json").write_text(text + "\n")
-        plot(results, HERE / "convergence.png")
+    file = HERE / "results.json"
+    # A part that is not run again stays as the file has it.
+    results = json.loads(file.read_text()) if file.exists() and not options.smoke else {}
+    for part in options.parts:
+        begin = process_time()
+        results[part] = PARTS[part](options.smoke)
+        minutes = results.setdefault("cpu_minutes", {})
+        minutes[part] = round((process_time() - begin) / 60, 1)
+        results["versions"] = versions()
+        if not options.smoke:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    if options.smoke:
+        print(json.dumps(results, indent=1))
+    else:
+        plot(results, [*SCALES], [*SOLVERS], HERE / "convergence.png")
 
 
-def run(smoke: bool) -> dict[str, Any]:
-    """All three parts."""
-    errors, lengths = [], []
+def errors(smoke: bool) -> list[dict[str, Any]]:
+    found = []
     for cell, times in (("gru", (256, 2048)), ("lstm", (256,))):
         for time in (16,) if smoke else times:
-            errors += errors_by_iteration(cell, time, (0, 3) if smoke else ITERATIONS)
+            found += errors_by_iteration(cell, time, (0, 3) if smoke else ITERATIONS)
             say(f"{cell}, t = {time}: errors by iteration")
+    return found
+
+
+def lengths(smoke: bool) -> list[dict[str, Any]]:
+    found = []
     for dtype in ("float32", "float64"):
         for time in (16,) if smoke else (64, 256, 1024, 4096):
-            lengths += iterations_at_length(time, dtype)
+            found += iterations_at_length(time, dtype)
             say(f"t = {time}, {dtype}: iterations")
-    solvers = []
+    return found
+
+
+def solvers(smoke: bool) -> list[dict[str, Any]]:
+    found = []
     for name in SOLVERS:
-        solvers += solver_against_gain(name, 12 if smoke else 90, 1 if smoke else 3)
+        found += solver_against_gain(name, 12 if smoke else 90, 1 if smoke else 3)
         say(f"{name}: against the gain")
-    return {"errors": errors, "lengths": lengths, "solvers": solvers, "versions": versions()}
+    return found
+
+
+def starts(smoke: bool) -> list[dict[str, Any]]:
+    return iterations_by_start(*(8, 3) if smoke else (256, 9))
+
+
+PARTS = {"errors": errors, "lengths": lengths, "solvers": solvers, "starts": starts}
 
 
 def errors_by_iteration(cell: str, time: int, iterations: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -84,10 +105,10 @@ def errors_by_iteration(cell: str, time: int, iterations: tuple[int, ...]) -> li
     for scale in SCALES:
         inputs = draw(cell, scale, time)
         h = exact(*inputs)
-        errors = [float(jnp.max(jnp.abs(iterate(*inputs, k=k) - h))) for k in iterations]
+        gaps = [float(jnp.max(jnp.abs(iterate(*inputs, k=k) - h))) for k in iterations]
         records.append(
             {"cell": cell, "scale": scale, "time": time}
-            | {"errors": {str(k): str(e) for k, e in zip(iterations, errors, strict=True)}}
+            | {"errors": {str(k): str(e) for k, e in zip(iterations, gaps, strict=True)}}
         )
     return records
 
@@ -113,36 +134,33 @@ def iterations_at_length(time: int, dtype: str) -> list[dict[str, Any]]:
     return records
 
 
-def solver_against_gain(name: str, time: int, seeds: int) -> list[dict[str, Any]]:
-    """A dense GRU in float64, with and without safeguards, against its Lyapunov exponent."""
-    size = 6
-    with jax.enable_x64(True):
+def iterations_by_start(window: int, count: int) -> list[dict[str, Any]]:
+    """Mean over windows behind the first, each begun from f(h, x) at all its steps, where h is
+    zero, the state that was carried in, or the mean state of the window before."""
 
-        @functools.partial(jax.jit, static_argnames="safeguard")
-        def measure(params: Any, u: Any, h0: Any, safeguard: bool) -> Any:
-            run = functools.partial(newton_scan, cells.gru, params, u, h0, jacobian="dense")
-            options = SOLVERS[name] | {"max_iters": time, "tol": 1e-9, "window": time}
-            h, info = run(check=False, safeguard=safeguard, **options)
-            exact, _ = run(check=False, method="sequential")
-            found = stability(cells.gru, params, u, h0, exact, jacobian="dense")
-            return info, jnp.max(jnp.abs(h - exact)), found.exponent
+    @jax.jit
+    def measure(params: Any, u: Any, h0: Any) -> Any:
+        h, _ = solve("gru", params, u, h0, method="sequential")
+        found = []
+        for end in range(window, count * window, window):
+            inputs, start = u[:, end : end + window], h[:, end - 1]
+            states = (0 * start, start, jnp.mean(h[:, end - window : end], axis=1))
+            for state in states:
+                guess = jax.vmap(cells.para_gru, (None, None, 1), 1)(params, state, inputs)
+                _, info = solve("gru", params, inputs, start, method="newton", guess=guess)
+                found.append(info.iterations)
+        return jnp.mean(jnp.stack(found).reshape(-1, 3).astype(jnp.float32), axis=0)
 
-        records = []
-        for gain in GAINS:
-            for seed in range(seeds):
-                rng = np.random.default_rng(seed)
-                recurrent = gain / size**0.5 * rng.normal(size=(size, 3, size))
-                params = cells.GRUParams(jnp.asarray(recurrent), jnp.zeros(size))
-                u = jnp.asarray(rng.normal(size=(1, time, 3, size)))
-                h0 = jnp.zeros((1, size))
-                info, error, exponent = measure(params, u, h0, safeguard=False)
-                guarded, safe_error, _ = measure(params, u, h0, safeguard=True)
-                records.append(
-                    {"solver": name, "gain": gain, "seed": seed, "time": time}
-                    | {"lyapunov": float(exponent), "iterations": int(info.iterations)}
-                    | {"settled": bool(info.converged), "error": str(float(error))}
-                    | {"guarded_error": float(safe_error), "fell_back": int(guarded.fallbacks)}
-                )
+    records = []
+    for scale in SCALES:
+        for update in (0.0, -3.0):  # added to the update gate: -3 forgets slowly
+            params, u, h0 = draw("gru", scale, count * window)
+            u[:, :, 0] += update
+            means = dict(zip(("zero", "carried", "mean"), measure(params, u, h0), strict=True))
+            records.append(
+                {"scale": scale, "update": update, "window": window}
+                | {name: round(float(value), 2) for name, value in means.items()}
+            )
     return records
 
 
@@ -170,40 +188,6 @@ def draw(cell: str, scale: str, time: int, dtype: str = "float32") -> tuple[Any,
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def plot(results: dict[str, Any], target: Path) -> None:
-    """Errors by iteration, iterations by length, and by the Lyapunov exponent."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
-    for record in results["errors"]:
-        if (record["cell"], record["time"]) == ("gru", 2048):
-            errors = {int(k): float(e) for k, e in record["errors"].items()}
-            left.semilogy(list(errors), list(errors.values()), marker="o", label=record["scale"])
-    left.set(
-        xlabel="iteration", ylabel="largest error", ylim=(1e-8, 1e3), title="ParaGRU, t = 2048"
-    )
-    for scale in SCALES:
-        points = [x for x in results["lengths"] if (x["scale"], x["dtype"]) == (scale, "float32")]
-        middle.semilogx(
-            [x["time"] for x in points], [x["iterations"] for x in points], marker="o", label=scale
-        )
-    middle.set(xlabel="t", ylabel="iterations, at most 16", title="windows of 1024 steps, float32")
-    for name in SOLVERS:
-        points = [x for x in results["solvers"] if x["solver"] == name]
-        exponents = [x["lyapunov"] for x in points]
-        right.plot(exponents, [x["iterations"] for x in points], "o", markersize=4, label=name)
-    right.axvline(0, color="0.7")
-    right.set(xlabel="Lyapunov exponent", ylabel="iterations", title="dense GRU, t = 90")
-    for panel in (left, middle, right):
-        panel.legend(frameon=False, fontsize="small")
-        panel.grid(alpha=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=80)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Part = Literal["step", "remat", "depth", "decode"]
 ModelPart = Literal["forward", "both", "decode"]
 Rule = Literal["gated", "delta"]
 Decay = Literal["none", "head", "key"]
+ParaCell = Literal["gru", "lstm"]
 RecurrentSystem = Literal["mamba", "mamba2", "recurrentgemma", "rwkv", "xlstm"]
 
 
@@ -70,14 +71,20 @@ class GridArguments(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonArguments(Options):
-    """Time newton_scan of a ParaGRU beside lax.scan and Newton's method as first written."""
+    """Time newton_scan of ParaRNN cells beside lax.scan and Newton's method as first written."""
 
+    cells: tuple[ParaCell, ...] = ("gru", "lstm")
+    """gru: a diagonal Jacobian; lstm: blocks of 2 x 2."""
     times: tuple[int, ...] = (256, 1024, 4096, 16384)
-    """Lengths."""
+    """Lengths; on accelerators worth it up to 131072."""
     widths: tuple[int, ...] = (64, 256)
     """Channels of the state."""
     batch: int = 4
     """Sequences."""
+    window: int = 1024
+    """Steps of a window of those candidates that have some."""
+    eager: bool = False
+    """Also time a loop in Python whose every operation is sent by itself: minutes for long ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,14 @@
-"""`jaxrec bench newton`: a nonlinear recurrence by every method, beside what one would write."""
+"""`jaxrec bench newton`: a nonlinear recurrence by every method, beside what one would write.
+
+Speed-ups of parallel over sequential RNNs are often told against a loop in Python that sends each
+operation to the device by itself; "eager Python loop" is that one, and `lax.scan` the compiled one.
+"""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +17,31 @@ from jax import Array, lax
 
 from jaxrec.cli import bench, passes, timing
 from jaxrec.errors import UserError
-from jaxrec.ops.cells import para_gru
+from jaxrec.ops.cells import ParaLSTMParams, para_gru, para_lstm
 from jaxrec.ops.newton import newton_scan
+from jaxrec.ops.newton.structure import Kind
 
-Cell = Callable[[Array, Array, Array], Array]
-"""(recurrent, u, h0) -> h: a ParaGRU over all steps."""
+Cell = Callable[[Any, Array, Array], Array]
+"""(params, u, h0) -> h: a ParaGRU or ParaLSTM over all steps."""
+
+
+class Case(NamedTuple):
+    """One kind of cell."""
+
+    step: Callable[[Any, Array, Array], Array]
+    jacobian: Kind
+    names: tuple[str, ...]  # of the gradients
+    # Floats per channel and step that any method moves: u and h; with the gradient also u, h and dh
+    # once more, and du.
+    forward: int
+    both: int
+
+
+CASES = {
+    "gru": Case(para_gru, "diagonal", ("drecurrent", "du", "dh0"), 4, 12),
+    "lstm": Case(para_lstm, "block", ("drecurrent", "dpeephole", "du", "dh0"), 5, 15),
+}
+EAGER = "eager Python loop"
 
 LIMIT = 0.5
 """Recurrent entries are drawn up to this, within which Newton's method takes some four steps."""
@@ -24,8 +50,6 @@ SMOKE_TIMES, SMOKE_WIDTHS = (20,), (4,)
 CHECKED_SHAPE = (2, 37, 3)
 TOLERANCE = 2e-5
 """Largest error of a float32 candidate relative to the largest value. Measured: up to 2e-6."""
-FLOATS_FORWARD, FLOATS_BOTH = 4, 12
-"""Floats per element of h that any method moves: u and h; with the gradient also u, h, dh, du."""
 
 
 def run(arguments: "bench.NewtonArguments") -> None:
@@ -39,14 +63,18 @@ def run(arguments: "bench.NewtonArguments") -> None:
         values = getattr(arguments, name)
         if not values or min(values) < 1:
             raise UserError(f"--{name}: expected numbers >= 1, got {values}.")
-    for name in ("batch", "rounds"):
+    for name in ("batch", "rounds", "window"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
     timing.check_out(arguments.out)
-    found = candidates()
-    for name, cell in found.items():
-        check(name, cell)
-    timing.say(f"checked against the float64 loop: {', '.join(found)}")
+    found = {
+        cell: candidates(cell, window=arguments.window, eager=arguments.eager)
+        for cell in arguments.cells
+    }
+    for cell, those in found.items():
+        for name, run_cell in those.items():
+            check(name, run_cell, cell)
+        timing.say(f"{cell}: checked against the float64 loop: {', '.join(those)}")
     times, widths, rounds = arguments.times, arguments.widths, arguments.rounds
     if arguments.smoke:
         times, widths, rounds = SMOKE_TIMES, SMOKE_WIDTHS, 1
@@ -56,45 +84,62 @@ def run(arguments: "bench.NewtonArguments") -> None:
         "rounds": rounds,
         "smoke": arguments.smoke,
         "batch": arguments.batch,
+        "window": arguments.window,
         "naive_iterations": NAIVE_ITERATIONS,
         "results": [],
     }
     with timing.without_compilation_cache():
-        for width in widths:
-            for time in times:
-                report["results"] += measure(found, (arguments.batch, time, width), rounds)
-                timing.say(f"t = {time}, d = {width}: timed")
+        for cell, width, time in itertools.product(found, widths, times):
+            report["results"] += measure(found[cell], (arguments.batch, time, width), rounds, cell)
+            timing.say(f"{cell}, t = {time}, d = {width}: timed")
     timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
-def candidates() -> dict[str, Cell]:
+def candidates(cell: str = "gru", *, window: int = 1024, eager: bool = False) -> dict[str, Cell]:
     """`newton_scan` by its methods, and what a user would write instead."""
+    case = CASES[cell]
 
-    def ours(recurrent: Array, u: Array, h0: Array, *, method: Any) -> Array:
+    def ours(params: Any, u: Array, h0: Array, *, method: Any, window: int | None) -> Array:
         h, _ = newton_scan(
-            para_gru, recurrent, u, h0, jacobian="diagonal", method=method, check=False
+            case.step,
+            params,
+            u,
+            h0,
+            jacobian=case.jacobian,
+            method=method,
+            window=window,
+            check=False,
         )
         return h
 
-    return {
-        "lax.scan": plain_scan,
-        "naive Newton, one solve backward": naive_newton_one_solve,
-        "naive Newton, differentiated through": naive_newton,
-        **{
-            f"jaxrec {method}": functools.partial(ours, method=method)
-            for method in ("auto", "sequential", "newton")
-        },
-    }
+    found: dict[str, Cell] = {"lax.scan": functools.partial(plain_scan, case.step)}
+    if eager:
+        found[EAGER] = functools.partial(eager_loop, case.step)
+    if cell == "gru":
+        found["naive Newton, one solve backward"] = naive_newton_one_solve
+        found["naive Newton, differentiated through"] = naive_newton
+    for method, steps in itertools.product(("auto", "sequential", "newton"), (None, window)):
+        name = f"jaxrec {method}" + (f", windows of {steps}" if steps else "")
+        found[name] = functools.partial(ours, method=method, window=steps)
+    return found
 
 
-def plain_scan(recurrent: Array, u: Array, h0: Array) -> Array:
+def plain_scan(step: Any, params: Any, u: Array, h0: Array) -> Array:
     """The loop as it is usually written, differentiated by JAX."""
 
-    def step(h: Array, u: Array) -> tuple[Array, Array]:
-        h = para_gru(recurrent, h, u)
+    def body(h: Array, u: Array) -> tuple[Array, Array]:
+        h = step(params, h, u)
         return h, h
 
-    return jnp.swapaxes(lax.scan(step, h0, jnp.swapaxes(u, 0, 1))[1], 0, 1)
+    return jnp.swapaxes(lax.scan(body, h0, jnp.swapaxes(u, 0, 1))[1], 0, 1)
+
+
+def eager_loop(step: Any, params: Any, u: Array, h0: Array) -> Array:
+    """The loop in Python; not compiled, it sends every operation to the device by itself."""
+    h = [h0]
+    for t in range(u.shape[1]):
+        h.append(step(params, h[-1], u[:, t]))
+    return jnp.stack(h[1:], axis=1)
 
 
 def _at_all_steps(recurrent: Array, h: Array, u: Array) -> Array:
@@ -151,74 +196,87 @@ naive_newton_one_solve.defvjp(_forward, _backward)
 def with_gradient(cell: Cell) -> Callable[..., tuple[Array, ...]]:
     """h, and the gradients to all arguments for a cotangent of h."""
 
-    def both(recurrent: Array, u: Array, h0: Array, dh: Array) -> tuple[Array, ...]:
-        h, backward = jax.vjp(cell, recurrent, u, h0)
-        return h, *backward(dh)
+    def both(params: Any, u: Array, h0: Array, dh: Array) -> tuple[Array, ...]:
+        h, backward = jax.vjp(cell, params, u, h0)
+        return h, *jax.tree.leaves(backward(dh))
 
     return both
 
 
-def draw(shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
-    """recurrent, u, h0 and dh, float64."""
+def draw(shape: tuple[int, int, int], cell: str, dtype: Any) -> tuple[Any, Array, Array, Array]:
+    """Parameters, u, h0 and dh."""
     batch, time, width = shape
     rng = np.random.default_rng(0)
-    recurrent = rng.uniform(-LIMIT, LIMIT, (3, width))
-    u, dh = rng.normal(size=(batch, time, 3, width)), rng.normal(size=shape)
-    return recurrent, u, rng.normal(size=(batch, width)), dh
+    entries = [jnp.asarray(rng.uniform(-LIMIT, LIMIT, (n, width)), dtype) for n in (3, 2)]
+    state = (2, width) if cell == "lstm" else (width,)
+    u, h0, dh = (
+        jnp.asarray(rng.normal(size=size), dtype)
+        for size in ((batch, time, 3, width), (batch, *state), (batch, time, *state))
+    )
+    return ParaLSTMParams(*entries) if cell == "lstm" else entries[0], u, h0, dh
 
 
-def check(name: str, cell: Cell) -> None:
+def check(name: str, run_cell: Cell, cell: str) -> None:
     """Compares a candidate, outputs and all gradients, with the loop in float64.
 
     Raises:
       WrongNumbers: it differs by more than `TOLERANCE`; the message names it and what differs.
     """
-    inputs = draw(CHECKED_SHAPE)
+    case = CASES[cell]
     with jax.enable_x64(True):
-        want = jax.jit(with_gradient(plain_scan))(*map(jnp.asarray, inputs))
-    got = jax.jit(with_gradient(cell))(*(jnp.asarray(z, jnp.float32) for z in inputs))
-    names = ("h", "drecurrent", "du", "dh0")
+        loop = with_gradient(functools.partial(plain_scan, case.step))
+        want = jax.jit(loop)(*draw(CHECKED_SHAPE, cell, jnp.float64))
+    got = jax.jit(with_gradient(run_cell))(*draw(CHECKED_SHAPE, cell, jnp.float32))
+    names = ("h", *case.names)
     found = passes.gaps(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)))
     passes.refuse(name, found, TOLERANCE)
 
 
 def measure(
-    cells: dict[str, Cell], shape: tuple[int, int, int], rounds: int
+    cells: dict[str, Cell], shape: tuple[int, int, int], rounds: int, cell: str
 ) -> list[dict[str, Any]]:
     """Times all candidates at one shape; one record each."""
-    *forward_inputs, dh = (jnp.asarray(z, jnp.float32) for z in draw(shape))
-    inputs = {"forward": tuple(forward_inputs), "both": (*forward_inputs, dh)}
+    case, inputs = CASES[cell], draw(shape, cell, jnp.float32)
     programs, calls = {}, {}
-    for name, cell in cells.items():
-        for part, function in (("forward", cell), ("both", with_gradient(cell))):
-            program = programs[name, part] = timing.compile_program(function, *inputs[part])
-            calls[f"{name}, {part}"] = functools.partial(program.call, *inputs[part])
-    copy = timing.compile_program(lambda x: x + 1, dh)
-    calls["copy"] = functools.partial(copy.call, dh)
+    for name, run_cell in cells.items():
+        for part, function in (("forward", run_cell), ("both", with_gradient(run_cell))):
+            arguments = inputs if part == "both" else inputs[:-1]
+            if name == EAGER:
+                calls[f"{name}, {part}"] = functools.partial(function, *arguments)
+                continue
+            program = programs[name, part] = timing.compile_program(function, *arguments)
+            calls[f"{name}, {part}"] = functools.partial(program.call, *arguments)
+    copy = timing.compile_program(lambda x: x + 1, inputs[-1])
+    calls["copy"] = functools.partial(copy.call, inputs[-1])
     times = timing.race(calls, rounds)
-    recurrent, u, h0 = forward_inputs
+    params, u, h0, dh = inputs
     _, info = newton_scan(
-        para_gru, recurrent, u, h0, jacobian="diagonal", method="newton", check=False
+        case.step, params, u, h0, jacobian=case.jacobian, method="newton", check=False
     )
-    gigabytes = dh.size * dh.dtype.itemsize / 1e9
+    copied = 2 * dh.size * dh.dtype.itemsize / 1e9 / times["copy"].least
+    gigabytes = 4 * math.prod(shape) / 1e9
     records = []
     for name in cells:
         record: dict[str, Any] = {
+            "cell": cell,
             "time": shape[1],
             "width": shape[2],
             "candidate": name,
             "iterations": int(info.iterations),
-            "copy_gb_per_s": 2 * gigabytes / times["copy"].least,
+            "copy_gb_per_s": copied,
         }
-        for part, floats in (("forward", FLOATS_FORWARD), ("both", FLOATS_BOTH)):
+        for part, floats in (("forward", case.forward), ("both", case.both)):
             took, plain = times[f"{name}, {part}"], times[f"lax.scan, {part}"]
-            program = programs[name, part]
+            compiled = programs.get((name, part))
+            floor = floats * gigabytes / copied
             record[part] = {
                 "median_ms": 1e3 * took.median,
                 "least_ms": 1e3 * took.least,
-                "compile_s": program.compile_seconds,
-                "temp_mib": program.temp_mib,
+                "compile_s": 0.0 if compiled is None else compiled.compile_seconds,
+                "temp_mib": None if compiled is None else compiled.temp_mib,
                 "gb_per_s": floats * gigabytes / took.least,
+                "floor_ms": 1e3 * floor,
+                "to_floor": took.least / floor,
                 "to_lax_scan_median": took.median / plain.median,
                 "to_lax_scan_least": took.least / plain.least,
             }

@@ -184,15 +184,20 @@ def _newton(report: Report) -> list[Table]:
     """One table per width and pass: a row per candidate, two columns per length."""
     found = []
     lengths = list(dict.fromkeys(x["time"] for x in report["results"]))
-    for width in dict.fromkeys(x["width"] for x in report["results"]):
-        records = [x for x in report["results"] if x["width"] == width]
+    kinds = [(x.get("cell", "gru"), x["width"]) for x in report["results"]]
+    for cell, width in dict.fromkeys(kinds):
+        both = zip(kinds, report["results"], strict=True)
+        records = [x for kind, x in both if kind == (cell, width)]
+        floor = " | to floor" if "floor_ms" in records[0]["forward"] else ""
         for part, what in (("forward", "forward"), ("both", "forward + backward")):
             rows = []
             for name in dict.fromkeys(x["candidate"] for x in records):
                 row = [name]
                 for x in (x[part] for x in records if x["candidate"] == name):
                     ratio = _pair(x, "to_lax_scan", 2)
-                    row += [_pair(x, "ms", 1), ratio, f"{x['gb_per_s']:.1f}", _mib(x["temp_mib"])]
+                    row += [_pair(x, "ms", 1), ratio, f"{x['gb_per_s']:.1f}"]
+                    row += [f"{x['to_floor']:.1f}"] if floor else []
+                    row += [_mib(x["temp_mib"])]
                 rows.append(row)
             iterations = ", ".join(
                 f"{x['iterations']} at t = {x['time']:,}"
@@ -200,10 +205,11 @@ def _newton(report: Report) -> list[Table]:
                 if x["candidate"] == "jaxrec newton"
             )
             title = (
-                f"A ParaGRU, {what}; b = {report['batch']}, d = {width}; Newton takes {iterations}"
+                f"A Para{cell.upper()}, {what}; b = {report['batch']}, d = {width};"
+                f" Newton takes {iterations}"
             )
             columns = " | ".join(
-                f"t = {time:,} ms | to lax.scan | GB/s | temp MiB" for time in lengths
+                f"t = {time:,} ms | to lax.scan | GB/s{floor} | temp MiB" for time in lengths
             )
             found.append(Table(title, f"candidate | {columns}", rows))
     return found

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxrec.config import at_least, multiple_of, one_of
+from jaxrec.config import above, at_least, multiple_of, one_of
 from jaxrec.layers.activations import Activation, activation
 from jaxrec.layers.linear import uniform
 from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_measures, newton_over_time, note_gates
@@ -50,6 +50,8 @@ class ParaRNNConfig:
     nonlinearities: tuple[Activation, ...] = ()
     recurrent_limit: float | None = None  # recurrent entries are cut to [-limit, limit]
     recurrent_init: Literal["normal", "cut_normal"] = "normal"
+    # Recurrent entries begin uniform in [-scale, scale]; None: as recurrent_init has it.
+    recurrent_scale: float | None = None
     input_init: Literal["xavier", "kaiming"] = "xavier"
     bias_init: Literal["spread", "zero"] = "spread"
 
@@ -67,10 +69,7 @@ class ParaRNNConfig:
             )
         for name in self.nonlinearities:
             activation(name)
-        if self.recurrent_limit is not None and not self.recurrent_limit > 0:
-            raise ValueError(
-                f"ParaRNNConfig: recurrent_limit must be > 0, got {self.recurrent_limit}."
-            )
+        above(self, 0, "recurrent_limit", "recurrent_scale")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -187,6 +186,8 @@ class ParaRNN(nnx.Module):
 
 def _recurrent(config: ParaRNNConfig, key: Array, rows: int) -> Array:
     shape = (rows, config.width)
+    if config.recurrent_scale is not None:
+        return uniform(config.recurrent_scale)(key, shape)
     if config.recurrent_init == "normal":
         return jax.random.normal(key, shape) * (2 / (5 * config.width) ** 0.5)
     deviation = config.width**-0.5

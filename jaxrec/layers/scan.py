@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrec.config import at_least
+from jaxrec.config import above, at_least
 from jaxrec.layers.axes import time_axis
 from jaxrec.ops import notes
 from jaxrec.ops.newton import NewtonInfo, newton_scan, slstm_newton_scan, stability
@@ -151,8 +151,12 @@ class Solver:
     max_iters: int | None = None
     tol: float | None = None
     window: int | None = None  # steps that are solved at once; not where time is spread
+    relaxation: float = 1.0  # what part of each increment is taken
+    clip: float | None = None  # of the iteration's Jacobian
+    variance: float = 1e6  # of the filter's observations, for the elk methods
 
     def __post_init__(self) -> None:
+        above(self, 0, "relaxation", "clip", "variance")
         for field in ("max_iters", "window"):
             if getattr(self, field) is not None:
                 at_least(self, 1, field)

@@ -39,9 +39,12 @@ class ParaRNNLMConfig(Unlooped):
     mlp_width: int  # inner width of the gated MLP
     cell: CellKind = "gru"
     conv_width: int = 4
-    # Recurrent entries are cut to [-limit, limit]. Within 0.5 Newton's method needs some three
+    # Recurrent entries are cut to [-limit, limit]. Within 0.5 Newton's method needs three or four
     # iterations, and from 2 on it does not converge; None: as they are.
     recurrent_limit: float | None = 0.5
+    # They begin uniform in [-scale, scale]; None: normal with deviation width^-1/2. A channel keeps
+    # a sign that an input flips, as parity asks for, only with entries beyond 1.
+    recurrent_scale: float | None = None
     mlp_residual: bool = True  # False: x = mlp(norm(x)), as a third party's training code has it
     norm_epsilon: float = 1e-6
     solver: Solver = dataclasses.field(default_factory=Solver)
@@ -53,7 +56,7 @@ class ParaRNNLMConfig(Unlooped):
         multiple_of(self, "heads", "width")
         one_of(self, "cell", ("gru", "lstm"))
         at_least(self, 0, "norm_epsilon")
-        above(self, 0, "recurrent_limit")
+        above(self, 0, "recurrent_limit", "recurrent_scale")
 
     def build(self, *, rngs: nnx.Rngs) -> RecurrentLM:
         """A freshly initialised model."""
@@ -102,6 +105,7 @@ class ParaRNNBlock(nnx.Module):
             heads=config.heads,
             recurrent_limit=config.recurrent_limit,
             recurrent_init="cut_normal",
+            recurrent_scale=config.recurrent_scale,
             input_init="kaiming",
             bias_init="zero",
         )

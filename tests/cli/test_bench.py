@@ -26,6 +26,7 @@ from jaxrec.cli import (
     timing,
     torch_peer,
 )
+from jaxrec.ops.cells import para_gru
 from jaxrec.ops.time import grid_scan, linear_scan
 
 
@@ -236,11 +237,16 @@ def test_a_wrong_grid_scan_is_not_timed(monkeypatch, capsys):
 
 def test_newton_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "newton.json"
-    assert main.main(["bench", "newton", "--smoke", "--json", "--out", str(out)]) == 0
+    argv = ["bench", "newton", "--smoke", "--eager", "--window", "8", "--json", "--out", str(out)]
+    assert main.main(argv) == 0
     _, *records = json_lines(capsys.readouterr().out)
     report = json.loads(out.read_text())
     assert report["results"] == records
-    assert [x["candidate"] for x in records] == list(bench_newton.candidates())
+    assert [(x["cell"], x["candidate"]) for x in records] == [
+        (cell, name)
+        for cell in ("gru", "lstm")
+        for name in bench_newton.candidates(cell, window=8, eager=True)
+    ]
     assert all(0 <= x < math.inf for record in records for x in numbers(record))
     assert records[0]["both"]["to_lax_scan_median"] == 1
     assert all(2 <= x["iterations"] <= 5 for x in records)
@@ -251,9 +257,10 @@ def test_newton_writes_what_it_prints(tmp_path, capsys):
 
 def test_a_wrong_newton_is_not_timed(monkeypatch, capsys):
     def biased(recurrent, u, h0):
-        return bench_newton.plain_scan(lax.stop_gradient(recurrent), u, h0)
+        return bench_newton.plain_scan(para_gru, lax.stop_gradient(recurrent), u, h0)
 
-    monkeypatch.setattr(bench_newton, "candidates", lambda: {"jaxrec newton": biased})
+    found = {"jaxrec newton": biased}
+    monkeypatch.setattr(bench_newton, "candidates", lambda *args, **options: found)
     monkeypatch.setattr(bench_newton, "measure", None)  # calling it would fail
     assert bench.run(bench.NewtonArguments(smoke=True)) == 1
     assert "jaxrec newton is wrong: drecurrent differs" in capsys.readouterr().err

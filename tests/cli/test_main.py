@@ -160,6 +160,20 @@ def test_a_disk_that_takes_nothing_more(capsys, monkeypatch, trained, number):
     assert "cannot use metrics.jsonl" in refused(capsys, "eval", trained)
 
 
+def test_a_pararnn_trains_by_newtons_method(capsys, text, tmp_path):
+    argv = ["train", "jaxrec.models.pararnn:TINY_GRU", *SIZES, "--data", text, "--runs", tmp_path]
+    argv += ["--name", "run", "--steps", "2", "--model.width", "16", "--model.layers", "1"]
+    argv += ["--model.mlp-width", "24", "--model.context", "64"]
+    argv += ["--model.solver.method", "newton", "--model.solver.clip", "1.0"]
+    assert main([str(word) for word in argv]) == 0
+    capsys.readouterr()
+    note = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert note["model_config"]["solver"]["clip"] == 1.0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    measured = [line for line in map(json.loads, lines) if "newton_iterations" in line]
+    assert measured and all(1 <= line["newton_iterations"] <= 16 for line in measured)
+
+
 def test_train_generate_eval_and_data_work_together(capsys, text, tmp_path):
     tokens = tmp_path / "tokens"
     assert main(["data", str(text), str(tokens), "--valid-fraction", "0.2"]) == 0

@@ -17,8 +17,10 @@ def test_smoke(tmp_path):
         "newton",
         "quasi_newton",
         "elk",
+        "quasi_elk",
         "damped",
         "clipped",
+        "windows of 15",
     }
     # Whatever a solver comes to, the safeguard ends at the loop's numbers.
     assert all(x["guarded_error"] < 1e-6 for x in results["solvers"])

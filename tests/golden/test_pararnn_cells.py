@@ -2,7 +2,6 @@
 Newton's method, and the gradients at iterates that have not converged."""
 
 import dataclasses
-import functools
 import json
 import re
 
@@ -14,10 +13,12 @@ import pytest
 from jaxrec.convert.engine import find, to_tensors
 from jaxrec.layers.activations import activation
 from jaxrec.layers.pararnn import ParaRNN
-from jaxrec.ops.cells import ParaLSTMParams, para_gru, para_lstm
+from jaxrec.ops.cells import ParaLSTMParams
 from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.newton.jacobian import value_and_jacobian
-from tests.golden.harness import cases, check_round_trip
+from jaxrec.testing import assert_close
+from tests.golden.harness import LARGEST_RELATIVE_ERROR, cases, check_round_trip
+from tests.golden.pararnn import Iteration
 
 
 def is_cell(folder):
@@ -25,7 +26,7 @@ def is_cell(folder):
 
 
 FOLDERS = [folder for folder in cases("pararnn") if is_cell(folder)]
-RESOLUTION = 2.0**-52
+IN_FLOAT64 = 1e-10
 
 
 def packed(states):
@@ -34,7 +35,7 @@ def packed(states):
 
 
 @pytest.mark.parametrize("method", ["newton", "sequential"])
-def test_output_states_and_gradients(case, model: ParaRNN, method):
+def test_output_states_and_gradients_of_the_layer(case, model: ParaRNN, method):
     """In float32, by the layer."""
     cotangent = jnp.asarray(case["cotangent"])
     solver = dataclasses.replace(model.solver, method=method)
@@ -50,11 +51,16 @@ def test_output_states_and_gradients(case, model: ParaRNN, method):
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(model, x)
 
     (gradient, dx), (y, states) = run(model, jnp.asarray(case["x"]))
-    case.check("y_seq", y)
-    case.check("state_seq", packed(states))
-    case.check("grad_x", dx)
+    found = {"y_seq": y, "state_seq": packed(states), "grad_x": dx}
     for name, tensor in to_tensors(find("pararnn"), model, gradient).items():
-        case.check(f"grad_{name}", tensor)
+        found[f"grad_{name}"] = tensor
+    if "y_seq" in case.gaps:  # states are the output, or hold it
+        case.gaps.setdefault("state_seq", case.gaps["y_seq"])
+    for name, got in found.items():
+        # Large recurrent entries may take the original's own float32 further than 1e-5 from its
+        # float64. Ten times that is what float32 can be held to; the numbers are held in float64.
+        gap = case.gaps.get(name, 0) / max(float(np.max(np.abs(case[name]))), 1e-30)
+        case.check(name, got, largest_relative_error=max(LARGEST_RELATIVE_ERROR, 10 * gap))
 
 
 class Original:
@@ -68,13 +74,11 @@ class Original:
         }
         self.x = jnp.asarray(case["x"], jnp.float64)
         self.omega = case.config["omega_sor"]
-        names = self.config.nonlinearities
-        self.functions = [activation(name) for name in names]
-        self.is_lstm = self.config.cell == "lstm"
-        cell = para_lstm if self.is_lstm else para_gru
-        self.cell = functools.partial(
-            cell, **dict(zip(self.config.roles, self.functions, strict=True))
+        functions = map(activation, self.config.nonlinearities)
+        self.iteration = Iteration(
+            self.config.cell, dict(zip(self.config.roles, functions, strict=True))
         )
+        self.is_lstm = self.iteration.is_lstm
 
     def params(self, tensors):
         if self.is_lstm:
@@ -91,69 +95,38 @@ class Original:
         d = self.config.width
         return jnp.zeros((self.x.shape[0], 2, d) if self.is_lstm else (self.x.shape[0], d))
 
-    def step(self, params, h, inputs):
-        return self.cell(params, h, inputs[0])
-
-    def as_differentiated(self, params, before, inputs):
-        """A step with the original's derivatives: those of the LSTM take the output gate and the
-        last tanh at the iterate's own c, and not at the c that follows from the state before."""
-        u, own = inputs
-        if not self.is_lstm:
-            return self.cell(params, before, u)
-        (a, p), (forget, output, candidate, squash) = params, self.functions
-        c, h = before[:, 0], before[:, 1]
-        f = forget(a[0][None] * h + u[:, 0] + p[0][None] * c)
-        new = f * c + (1 - f) * candidate(a[2][None] * h + u[:, 2])
-        new = own[:, 0] + new - jax.lax.stop_gradient(new)
-        o = output(a[1][None] * h + u[:, 1] + p[1][None] * new)
-        return jnp.stack([new, o * squash(new)], axis=1)
-
-    def jacobian(self, params, before, inputs):
-        def along(direction):
-            run = functools.partial(self.as_differentiated, params)
-            return jax.jvp(lambda h: run(h, inputs), (before,), (direction,))[1]
-
-        if not self.is_lstm:
-            return along(jnp.ones_like(before))
-        columns = [along(jnp.zeros_like(before).at[:, j].set(1)) for j in range(2)]
-        return jnp.stack(columns, axis=2)
-
-    def solve(self, tensors, x, guess, relaxation):
-        """One iteration."""
-        h, _ = newton_scan(
-            self.step,
+    def solved(self, tensors, x, method):
+        """All states."""
+        u = self.gates(tensors, x)
+        return newton_scan(
+            lambda params, h, u: self.iteration.step(params, h, (u,)),
             self.params(tensors),
-            (self.gates(tensors, x), guess),
+            u,
             self.zero(),
-            jacobian=self.jacobian,
+            jacobian="block" if self.is_lstm else "diagonal",
+            method=method,
+            check=False,
+        )[0]
+
+    def stopped(self, tensors, x, iterate):
+        """An iterate, with the gradient that the original gives it."""
+        h, _ = newton_scan(
+            self.iteration.as_differentiated,
+            self.params(tensors),
+            (self.gates(tensors, x), iterate),
+            self.zero(),
+            jacobian="block" if self.is_lstm else "diagonal",
             method="newton",
-            guess=guess,
-            max_iters=1,
-            tol=RESOLUTION,
-            relaxation=relaxation,
+            guess=iterate,
+            max_iters=0,
+            window=iterate.shape[1],
             safeguard=False,
             check=False,
         )
         return h
 
-    def stopped(self, tensors, x, iterate):
-        """An iterate, with the gradient that the original gives it."""
-        h, _ = newton_scan(
-            self.as_differentiated,
-            self.params(tensors),
-            (self.gates(tensors, x), iterate),
-            self.zero(),
-            method="newton",
-            guess=iterate,
-            max_iters=0,
-            safeguard=False,
-        )
-        return h
-
-    def once(self, before, inputs):
-        """f(h_{t-1}, x_t) at all times."""
-        params = self.params(self.tensors)
-        return jax.vmap(self.step, in_axes=(None, 1, 1), out_axes=1)(params, before, inputs)
+    def output(self, states):
+        return states[:, :, 1] if self.is_lstm else states
 
 
 @pytest.fixture(scope="module")
@@ -162,32 +135,79 @@ def original(case):
         return Original(case)
 
 
+@pytest.mark.parametrize("method", ["newton", "sequential"])
+def test_output_states_and_gradients_in_float64(case, original, method):
+    """Both are in float64, so that only the order of sums differs: measured up to 2e-13 of the
+    largest."""
+    with jax.enable_x64(True):
+        cotangent = jnp.asarray(case["cotangent"], jnp.float64)
+
+        @jax.jit
+        def run(tensors, x):
+            def loss(tensors, x):
+                states = original.solved(tensors, x, method)
+                return jnp.sum(original.output(states) * cotangent), states
+
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(tensors, x)
+
+        (gradient, dx), states = run(original.tensors, original.x)
+    found = {f"grad_{name}": value for name, value in (gradient | {"x": dx}).items()}
+    found |= {"y_seq": original.output(states), "state_seq": packed(states)}
+    for name, got in found.items():
+        assert_close(got, case[name], rtol=IN_FLOAT64, name=name)
+
+
 @pytest.fixture(scope="module")
 def iterates(case, original):
     """From f(x, 0) on, as many as the case has residuals of."""
     with jax.enable_x64(True):
-        u = original.gates(original.tensors, original.x)
-        zeros = jnp.zeros((*u.shape[:2], *original.zero().shape[1:]))
-        guess = original.once(zeros, (u, zeros))
-        improve = jax.jit(lambda h: original.solve(original.tensors, original.x, h, original.omega))
-        found = [guess]
+        params, u = original.params(original.tensors), original.gates(original.tensors, original.x)
+        improve = jax.jit(
+            lambda h: original.iteration.improve(params, u, original.zero(), h, original.omega)
+        )
+        found = [original.iteration.guess(params, u, original.zero())]
         for _ in range(len(case["newton_residual_inf"]) - 1):
             found.append(improve(found[-1]))
         return found
 
 
-def test_every_iterate(case, original, iterates):
+@pytest.fixture(scope="module")
+def part(case):
+    """k -> what part of the largest number two iterates may differ by.
+
+    Rounding is amplified from iterate to iterate as they stray. Where it may have come to a
+    hundredth, or the original's is not finite, there is nothing to compare: None from there on.
+    """
+    errors = case["newton_error_inf"]
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = IN_FLOAT64 * np.cumprod(np.maximum(errors, 1))
+    comparable = np.cumprod(np.isfinite(errors) & (parts < 0.01)) == 1
+    return lambda k: float(parts[k]) if k < len(parts) and comparable[k] else None
+
+
+def test_every_iterate(case, original, iterates, part):
     with jax.enable_x64(True):
-        u = original.gates(original.tensors, original.x)
-        residuals, errors = [], []
-        for h in iterates:
-            before = jnp.pad(h[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (h.ndim - 2))
-            residuals.append(np.max(np.abs(original.once(before, (u, h)) - h)))
-            errors.append(np.max(np.abs(packed(h) - case["state_seq"])))
+        params, u = original.params(original.tensors), original.gates(original.tensors, original.x)
+        assert part(0) is not None
+        for k, h in enumerate(iterates):
+            if part(k) is None:
+                break
+            value = original.iteration.at_all_times(params, before(h), u)
+            size = max(1, float(jnp.max(jnp.abs(h))), float(jnp.max(jnp.abs(value))))
+            for name, got in {
+                "newton_residual_inf": np.max(np.abs(value - h)),
+                "newton_error_inf": np.max(np.abs(packed(h) - case["state_seq"])),
+            }.items():
+                assert_close(got, case[name][k], atol=part(k) * size, name=f"{name}, {k}")
         for name in case.names("newton_state_"):
-            case.check(name, packed(iterates[int(name.removeprefix("newton_state_"))]))
-        case.check("newton_residual_inf", np.array(residuals))
-        case.check("newton_error_inf", np.array(errors))
+            k, want = int(name.removeprefix("newton_state_")), case[name]
+            if part(k) is not None:
+                assert_close(packed(iterates[k]), want, rtol=part(k), name=name)
+
+
+def before(h):
+    """The state that enters each step, from zero."""
+    return jnp.pad(h[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (h.ndim - 2))
 
 
 def test_jacobian_at_the_solution(case, original):
@@ -195,14 +215,13 @@ def test_jacobian_at_the_solution(case, original):
         states = jnp.asarray(case["state_seq"])
         size = 2 if original.is_lstm else 1
         states = states.reshape(*states.shape[:2], size, -1)
-        before = jnp.pad(states[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
-        u = original.gates(original.tensors, original.x)
+        params, u = original.params(original.tensors), original.gates(original.tensors, original.x)
 
-        def function(before):
-            shaped = before if original.is_lstm else before[:, :, 0]
-            return original.once(shaped, (u, shaped)).reshape(before.shape)
+        def function(h):
+            shaped = h if original.is_lstm else h[:, :, 0]
+            return original.iteration.at_all_times(params, shaped, u).reshape(h.shape)
 
-        _, jacobian = value_and_jacobian(function, before)
+        _, jacobian = value_and_jacobian(function, before(states))
         if not original.is_lstm:
             case.check("jac_at_solution", jacobian[:, :, 0])
             return
@@ -210,7 +229,7 @@ def test_jacobian_at_the_solution(case, original):
         case.check("jac_at_solution", by_row.reshape(*by_row.shape[:2], -1, 2))
 
 
-def test_outputs_and_gradients_after_few_iterations(case, original, iterates):
+def test_outputs_and_gradients_after_few_iterations(case, original, iterates, part):
     """One solve backwards at whatever the iteration has come to."""
     with jax.enable_x64(True):
         cotangent = jnp.asarray(case["cotangent"], jnp.float64)
@@ -218,8 +237,7 @@ def test_outputs_and_gradients_after_few_iterations(case, original, iterates):
         @jax.jit
         def run(tensors, x, guess):
             def loss(tensors, x):
-                h = original.stopped(tensors, x, guess)
-                y = h[:, :, 1] if original.is_lstm else h
+                y = original.output(original.stopped(tensors, x, guess))
                 return jnp.sum(y * cotangent), y
 
             return jax.grad(loss, argnums=(0, 1), has_aux=True)(tensors, x)
@@ -228,10 +246,16 @@ def test_outputs_and_gradients_after_few_iterations(case, original, iterates):
             match = re.fullmatch(r"parallel(\d+)_y", name)
             if match is None:
                 continue
-            (dtensors, dx), y = run(original.tensors, original.x, iterates[int(match[1])])
-            case.check(name, y)
-            for tensor, gradient in (dtensors | {"x": dx}).items():
-                case.check(f"parallel{match[1]}_grad_{tensor}", gradient)
+            k = int(match[1])
+            found = {name: case[name] for name in case.names(f"parallel{k}_")}
+            if part(k) is None or not all(np.isfinite(want).all() for want in found.values()):
+                continue
+            iterate = iterates[k]
+            (dtensors, dx), y = run(original.tensors, original.x, iterate)
+            got = {f"grad_{tensor}": value for tensor, value in (dtensors | {"x": dx}).items()}
+            for array, want in found.items():
+                value = (got | {"y": y})[array.removeprefix(f"parallel{k}_")]
+                assert_close(value, want, rtol=part(k), name=array)
 
 
 def test_the_table_round_trips(case, model, tmp_path):

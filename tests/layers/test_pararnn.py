@@ -103,6 +103,7 @@ def test_three_iterations_solve_what_is_limited():
         ({"nonlinearities": ("tanh",)}, "those of update, reset, candidate, got"),
         ({"nonlinearities": ("tanh", "tahn", "relu")}, "no 'tahn'. Did you mean tanh?"),
         ({"recurrent_limit": 0.0}, "recurrent_limit must be > 0, got 0.0"),
+        ({"recurrent_scale": -2.0}, "recurrent_scale must be > 0, got -2.0"),
         ({"input_init": "kaming"}, "input_init must be one of xavier, kaiming"),
     ],
 )

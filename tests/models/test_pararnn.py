@@ -51,10 +51,12 @@ def test_initialisation():
     [
         {"cell": "lstm", "conv_width": 2, "recurrent_limit": None},
         {"mlp_residual": False, "norm_epsilon": 1e-3, "recurrent_limit": 0.1},
+        {"solver": Solver(method="quasi_elk", variance=100.0, clip=0.9, relaxation=0.9)},
     ],
 )
 def test_every_option_equals_the_loop(options):
-    config = dataclasses.replace(SMALLEST, solver=Solver(method="newton", window=4), **options)
+    options = {"solver": Solver(method="newton", window=4)} | options
+    config = dataclasses.replace(SMALLEST, **options)
     model = toy.drawn(config)
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model)[1]))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
@@ -75,6 +77,7 @@ def test_the_configuration_holds_a_solver():
         ({"heads": 3}, "width must be a multiple of heads, got 16 and 3"),
         ({"cell": "rnn"}, "cell must be one of gru, lstm"),
         ({"recurrent_limit": -1.0}, "recurrent_limit must be > 0, got -1.0"),
+        ({"recurrent_scale": 0.0}, "recurrent_scale must be > 0, got 0.0"),
     ],
 )
 def test_what_does_not_fit_is_named(fields, message):

@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
     iterations: Array  # int32 ()
     residual: Array  # (): the largest that was left, relative
     settled: Array  # bool (b t)
+    all_settled: Array  # bool ()
 
 
 class _Progress(NamedTuple):
@@ -48,6 +49,7 @@ class _Progress(NamedTuple):
     jacobian: Array
     residual: Array  # (b t), relative
     settled: Array
+    all_settled: Array  # bool ()
     iterations: Array
 
 
@@ -83,13 +85,13 @@ def iterate(
         size = jnp.maximum(jnp.max(jnp.abs(value), axis=(2, 3)), jnp.ones((), h.dtype))
         residual = jnp.where(padding, 0, jnp.max(jnp.abs(r), axis=(2, 3)) / size)
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-        settled = settled | line.up_to(settled | (residual <= rules.tol))
+        settled, all_settled = line.up_to(settled | (residual <= rules.tol))
         r = _where(settled | padding, jnp.zeros((), r.dtype), _finite(r))
         jacobian = _where(cut, jnp.zeros((), r.dtype), _finite(jacobian))
-        return _Progress(h, r, jacobian, residual, settled, iterations)
+        return _Progress(h, r, jacobian, residual, settled, all_settled, iterations)
 
     def busy(progress: _Progress) -> Array:
-        return (progress.iterations < rules.max_iters) & line.any(~progress.settled)
+        return (progress.iterations < rules.max_iters) & ~progress.all_settled
 
     def improve(progress: _Progress) -> _Progress:
         jacobian, r = progress.jacobian, progress.r
@@ -106,7 +108,9 @@ def iterate(
     progress = look(guess, nothing, jnp.zeros((), jnp.int32))
     progress = lax.while_loop(busy, improve, progress)
     residual = line.largest(progress.residual)
-    return Outcome(progress.h, progress.iterations, residual, progress.settled)
+    return Outcome(
+        progress.h, progress.iterations, residual, progress.settled, progress.all_settled
+    )
 
 
 def _finite(x: Array) -> Array:

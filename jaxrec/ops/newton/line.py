@@ -1,7 +1,8 @@
 """The axis of time as a solver sees it: whole, or spread over the devices of a mesh axis.
 
-All arrays are one device's part, states (b t m n). On a spread axis every method but `before`
-exchanges one map or flag of each device, and `before` one state.
+All arrays are one device's part, states (b t m n). On a spread axis `solve` and `adjoint` exchange
+one map of each device, `up_to`, `largest` and `sum` a flag, a number or a sum, and `before` sends a
+state to the next device.
 """
 
 from typing import NamedTuple
@@ -53,23 +54,20 @@ class Line(NamedTuple):
         out, after = self._exchange(product, alone, after, reverse=True)
         return run(jacobian, g, after, False, self.method)[0], out
 
-    def up_to(self, holds: Array) -> Array:
-        """Whether something held at this step and all before, bool (b t)."""
+    def up_to(self, holds: Array) -> tuple[Array, Array]:
+        """Whether something held at this step and all before, bool (b t), and at all, ()."""
         so_far = lax.cummin(holds.astype(jnp.int8), axis=1) == 1
         if self.axis is None:
-            return so_far
+            return so_far, jnp.all(so_far[:, -1])
         every = from_all(so_far[:, -1].astype(jnp.int32), self.axis) == 1  # (devices b)
         earlier = jnp.arange(every.shape[0], dtype=jnp.int32) < lax.axis_index(self.axis)
-        return so_far & jnp.all(every | ~earlier[:, None], axis=0)[:, None]
+        so_far = so_far & jnp.all(every | ~earlier[:, None], axis=0)[:, None]
+        return so_far, jnp.all(every)
 
     def largest(self, x: Array) -> Array:
         """The largest number of all, ()."""
         x = jnp.max(x)
         return x if self.axis is None else lax.pmax(x, self.axis)
-
-    def any(self, x: Array) -> Array:
-        """Whether any holds, ()."""
-        return self.largest(x.astype(jnp.int32)) == 1
 
     def sum(self, x: Array) -> Array:
         """The sum over devices."""
@@ -80,11 +78,14 @@ class Line(NamedTuple):
     ) -> tuple[Array, Array]:
         """The state that leaves the last device, and the one that enters this one."""
         assert self.axis is not None
-        every = from_all(product, self.axis), from_all(alone, self.axis)
+        # One array, and so one exchange: (b m 2 n) of a diagonal, (b m m+1 n) of matrices.
+        is_diagonal = product.ndim == alone.ndim
+        matrices = product[:, :, None] if is_diagonal else product
+        every = from_all(jnp.concatenate([matrices, alone[:, :, None]], axis=2), self.axis)
 
-        def step(state: Array, one: tuple[Array, Array]) -> tuple[Array, Array]:
-            p, q = one
-            new = p * state if p.ndim == state.ndim else block.apply(p, state)
+        def step(state: Array, one: Array) -> tuple[Array, Array]:
+            p, q = one[:, :, :-1], one[:, :, -1]
+            new = p[:, :, 0] * state if is_diagonal else block.apply(p, state)
             return new + q, state
 
         last, entering = lax.scan(step, start, every, reverse=reverse)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrec.analysis.collectives import KINDS, exchanges
 from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import block
 from tests.ops.time.test_sharded import mesh
@@ -58,6 +59,52 @@ def test_equals_one_device(kind, sizes, method, with_resets):
     assert info.converged
     for left, right in zip(got, want, strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=2e-6 * np.max(np.abs(right)))
+
+
+def kinds(found):
+    """How often each kind of exchange runs."""
+    return {kind: sum(one.times for one in found if one.kind == kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind, size", [("diagonal", 2), ("block", 3), ("dense", 5)])
+def test_one_exchange_of_maps_for_each_solve(kind, size):
+    """Besides, an iteration hands one state to the next device and gathers a flag of each row."""
+    params, x, h0, weights = inputs(kind)
+
+    def solve(params, x, h0):
+        options = {"jacobian": kind, "method": "newton", "safeguard": False, "check": False}
+        return newton_scan(step, params, x, h0, axis="seq", **options)[0]
+
+    devices = mesh(MESHES["seq"])
+    over_time, everywhere = (jax.NamedSharding(devices, jax.P(*p)) for p in ((None, "seq"), ()))
+    places = (everywhere, over_time, everywhere)
+
+    def pull_back(params, x, h0, dh):
+        return jax.vjp(solve, params, x, h0)[1](dh)
+
+    with jax.set_mesh(devices):
+        forward, both = (
+            jax.jit(run, in_shardings=places[: len(arguments)])
+            .lower(*arguments)
+            .compile()
+            .as_text()
+            for run, places, arguments in (
+                (solve, places, (params, x, h0)),
+                (pull_back, (*places, over_time), (params, x, h0, weights)),
+            )
+        )
+    once, twice = (exchanges(forward, MESHES["seq"], loops=loops) for loops in (1, 2))
+    more = {name: n - kinds(once)[name] for name, n in kinds(twice).items()}
+    assert more == dict.fromkeys(KINDS, 0) | {"all-gather": 2, "collective-permute": 1}
+    every = h0.size * 8
+    sizes = sorted(
+        np.prod(one.shapes[0]) for one in twice if (one.kind, one.times) == ("all-gather", 2)
+    )
+    assert sizes == [8 * BATCH, every * size]
+    backwards = {
+        name: n - kinds(once)[name] for name, n in kinds(exchanges(both, MESHES["seq"])).items()
+    }
+    assert (backwards["all-gather"], backwards["collective-permute"]) == (1, 1)
 
 
 def test_what_does_not_settle_is_run_one_device_after_another():
