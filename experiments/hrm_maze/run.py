@@ -29,7 +29,7 @@ from jaxrec.training.puzzles import train_puzzles
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
-BATCH = 32
+BATCH, STEPS = 32, 2500
 CHANGES: dict[str, Any] = {
     "side": 8,
     "learning_rate": PuzzleConfig().optimizer.learning_rate,
@@ -42,7 +42,7 @@ LONG = ("by_length", "data", "versions")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500, help="segments of training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="segments of training")
     parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
     for name, value in CHANGES.items():
         kind = float if value is None else type(value)
@@ -52,7 +52,7 @@ def main() -> None:
     results = run(4 if options.smoke else options.steps, smoke=options.smoke, **changes)
     if not options.smoke:
         before = json.loads((HERE / "results.json").read_text())
-        if changes == CHANGES:
+        if changes == CHANGES and options.steps == STEPS:
             results["tried"] = before.get("tried", [])
             plot(results["by_length"], HERE / "lengths.png")
         else:

@@ -48,13 +48,13 @@ STEPS = {"4x4": CONFIG.steps, "9x9": 1000}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=tuple(VARIANTS), help="one of them; both if not given")
+    parser.add_argument("--parts", nargs="+", choices=tuple(VARIANTS), default=["4x4"])
     parser.add_argument("--steps", type=int, help="segments of training, per model")
     parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
     options = parser.parse_args()
     file = HERE / "results.json"
     results = {} if options.smoke else json.loads(file.read_text())
-    for part in (options.part,) if options.part else VARIANTS:
+    for part in VARIANTS if options.smoke else options.parts:  # the others stay as they are
         steps = 4 if options.smoke else options.steps or STEPS[part]
         results[part] = run(part, steps, smoke=options.smoke)
     text = json.dumps(results, indent=2)

@@ -24,8 +24,6 @@ TRANSITION = 0.3
 """Largest transition that is drawn; a state is passed on to two nodes."""
 FIGURES = {(48, "both"): (1.23, 45.0), (96, "forward"): (7.0, 72.0)}
 """Seconds of a call, and to compile, of the authors' JAX code, by side of the image and pass."""
-TORCH_FIGURE_S = 3.75
-"""Seconds that their PyTorch code took; size and pass were not noted."""
 
 Inputs = dict[str, Any]
 FORMS: dict[str, dict[str, Any]] = {
@@ -68,7 +66,6 @@ def run(arguments: "bench.GridArguments") -> None:
         "rounds": rounds,
         "smoke": arguments.smoke,
         "sizes": sizes,
-        "torch_figure_s": TORCH_FIGURE_S,
         "results": [],
     }
     with timing.without_compilation_cache():

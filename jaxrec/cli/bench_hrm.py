@@ -99,7 +99,11 @@ def measure(config: HRMConfig, batch: int, rounds: int, peer: Any | None) -> dic
     if peer is not None:
         calls["torch"] = _torch_step(peer, config, settings, weights, rows)
     times = timing.race(calls, rounds)
-    ours, peak, work = times["jaxrec"], timing.peak(times["matmul"]), products(config, batch)
+    ours, peak, work = (
+        times["jaxrec"],
+        timing.peak(times["matmul"]),
+        config.flops_per_segment(batch),
+    )
     record: dict[str, Any] = {
         "part": "segment",
         "median_s": ours.median,
@@ -119,18 +123,6 @@ def measure(config: HRMConfig, batch: int, rounds: int, peer: Any | None) -> dic
             "to_ours_least": theirs.least / ours.least,
         }
     return record
-
-
-def products(config: HRMConfig, batch: int) -> float:
-    """Floating-point operations of a step's matrix products: the segment, the one that gives the
-    target, and twice as many again for each block that the gradient passes through.
-    """
-    width, length = config.width, config.length + config.puzzle_tokens
-    block = 2 * (4 * width**2 + 3 * width * config.mlp_width) + 4 * length * width
-    run = config.high_cycles * (config.low_cycles * config.low_layers + config.high_layers)
-    graded = config.high_backprop * (config.low_backprop * config.low_layers + config.high_layers)
-    head = 2 * width * config.vocab_size
-    return batch * length * (2 * (run + graded) * block + 3 * head)
 
 
 def memory(config: HRMConfig, batch: int, cycles: int) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class System(NamedTuple):
     peer: str  # the stem of its class names in transformers
     config: Callable[[Sizes], Any]
     beside: tuple["bench.ModelPart", ...] = ("forward", "both", "decode")  # what transformers runs
-    figure: Mapping[str, float] = MappingProxyType({})  # tokens/s, measured once
+    figure: Mapping[str, float] = MappingProxyType({})
+    """Tokens/s of transformers, once measured on the CPU of another machine (benchmarks/README)."""
 
 
 SYSTEMS: dict[str, System] = {

@@ -169,8 +169,6 @@ def _grid(report: Report) -> list[Table]:
         f" {sizes['layers']} blocks of two halves, patches of {sizes['patch']}; the figures are"
         " those of the authors' JAX code on a machine of this kind"
     )
-    if "torch_figure_s" in report:
-        title += f", where their PyTorch took {report['torch_figure_s']:.2f} s at one of the sizes"
     columns = "images | what | ms | compile s | temp MiB | peak MiB | figure s | figure / ours"
     found.append(Table(title, f"{columns} | figure compile s", rows))
     return found

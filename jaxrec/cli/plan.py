@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrec.analysis import collectives
-from jaxrec.cli.bench_hrm import products
 from jaxrec.cli.train import read_run_options
 from jaxrec.errors import UserError, nearest
 from jaxrec.models.hrm import HRMConfig, Rows
@@ -205,7 +204,7 @@ def _segment(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh) -> Step:
     rows: Rows[Any] = steps.abstract["carry"].rows  # of the shapes of those that are offered
     train: Any = steps.train
     size = (config.batch, model_config.length)
-    work = products(model_config, config.batch)
+    work = model_config.flops_per_segment(config.batch)
     return Step(train.lower(steps.abstract, rows), steps.abstract, size, work)
 
 

@@ -233,25 +233,27 @@ def export(
         raise UserError(f"The model is one of {described}; it cannot be written as {system}.")
     folder = Path(directory)
     there = [*folder.glob("*.safetensors*"), *folder.glob("config.json")]
+    there += folder.glob("tokenizer.json")
     if there:
         raise UserError(f"{there[0]} exists; choose another directory or remove it first.")
-    folder.mkdir(parents=True, exist_ok=True)
+    config = table.write_config(model.config)  # refuses what the original cannot be told
     tensors = to_tensors(table, model)
     shards = _shards(tensors, jnp.dtype(dtype).itemsize, shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for file, names in shards.items():
             rounded = {name: tensors[name].astype(jnp.dtype(dtype)) for name in names}
             save_file(rounded, folder / file, metadata={"format": "pt"})
     except SafetensorError as error:
+        for file in shards:
+            (folder / file).unlink(missing_ok=True)
         raise UserError(f"Cannot write {folder}: {error}. Make room, or choose another.") from error
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors.values()) * jnp.dtype(dtype).itemsize
         files = {name: file for file, names in shards.items() for name in sorted(names)}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(
-        json.dumps(table.write_config(model.config), indent=2) + "\n"
-    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _shards(tensors: Mapping[str, np.ndarray], itemsize: int, most: int) -> dict[str, list[str]]:

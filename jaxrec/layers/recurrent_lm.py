@@ -173,12 +173,13 @@ class RecurrentLM(nnx.Module):
             segment_ids = segments.continued(state.segment, tokens.shape[1])
         reset = segments.resets(segment_ids, state.segment)
 
-        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, dict[str, Array]]:
-            block, state = layer
+        def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, dict[str, Array]]:
+            block, state, options = layer
             found = block.measure(x, state, reset=reset)
-            return block(x, state, reset=reset)[0], found
+            return block(x, state, reset=reset, **options)[0], found
 
-        _, found = jax.lax.scan(body, self.embed(tokens), (self.blocks, state.blocks))
+        layers = self.blocks, state.blocks, self.block_options()
+        _, found = jax.lax.scan(body, self.embed(tokens), layers)
         return {name: jnp.max(each, axis=0) for name, each in found.items()}
 
     def embed(self, tokens: Array) -> Array:

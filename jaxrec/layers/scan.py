@@ -47,7 +47,7 @@ def scan_over_time(
 
     Left to the compiler, a scan over an axis that is split gathers the whole sequence.
     """
-    axis = _axis(b.shape[1])
+    axis = time_axis(b.shape[1])
     scan = linear_scan if axis is None else functools.partial(sharded_linear_scan, axis=axis)
     h, last = scan(a, b, h0, reverse=reverse, reset=reset)
     notes.note("decay", a)
@@ -66,7 +66,7 @@ def selective_scan_over_time(
     reset: Array | None = None,
 ) -> tuple[Array, Array]:
     """`selective_scan`, by `sharded_selective_scan` where the mesh splits time into equal parts."""
-    axis = _axis(x.shape[1])
+    axis = time_axis(x.shape[1])
     scan = selective_scan if axis is None else functools.partial(sharded_selective_scan, axis=axis)
     y, last = scan(x, dt, a, b, c, state, reset=reset)
     notes.note("decay", lambda: jnp.exp(dt[..., None] * a[None, None]))
@@ -84,7 +84,7 @@ def wkv_over_time(
     reset: Array | None = None,
 ) -> tuple[Array, WKVState]:
     """`wkv`, over the devices among which the mesh splits time into equal parts."""
-    y, last = wkv(k, v, rate, bonus, state, reset=reset, axis=_axis(k.shape[1]))
+    y, last = wkv(k, v, rate, bonus, state, reset=reset, axis=time_axis(k.shape[1]))
     notes.note("decay", lambda: jnp.exp(-rate))
     return y, last
 
@@ -103,7 +103,7 @@ def matrix_scan_over_time(
     chunk: int = 64,
 ) -> tuple[Array, Array]:
     """`matrix_scan`, by `sharded_matrix_scan` where the mesh splits time into equal parts."""
-    axis = _axis(q.shape[1])
+    axis = time_axis(q.shape[1])
     scan = matrix_scan if axis is None else functools.partial(sharded_matrix_scan, axis=axis)
     y, last = scan(
         q,
@@ -136,7 +136,7 @@ def mlstm_over_time(
     eps: float = 1e-6,
 ) -> tuple[Array, MLSTMState]:
     """`mlstm_scan`, over the devices among which the mesh splits time into equal parts."""
-    axis = _axis(q.shape[1])
+    axis = time_axis(q.shape[1])
     notes.note("decay", lambda: jnp.exp(log_forget))
     return mlstm_scan(
         q, k, v, input_gate, log_forget, state, reset=reset, chunk=chunk, eps=eps, axis=axis
@@ -180,7 +180,7 @@ def newton_over_time(
     """`newton_scan` of a cell that is known to have this Jacobian, over the devices among which the
     mesh splits time into equal parts.
     """
-    axis = _axis(jax.tree.leaves(x)[0].shape[1])
+    axis = time_axis(jax.tree.leaves(x)[0].shape[1])
 
     def run(solver: Solver) -> tuple[Array, NewtonInfo]:
         options = dataclasses.asdict(solver)
@@ -260,7 +260,7 @@ def slstm_over_time(
     """
     if solver.method in ("auto", "sequential"):
         return slstm_scan(x, recurrent, state, reset=reset)
-    axis = _axis(x.shape[1])
+    axis = time_axis(x.shape[1])
     options = dataclasses.asdict(solver)
     if axis is not None:
         options["window"] = None
@@ -292,7 +292,7 @@ def newton_measures(
     solver = _iterating(solver)
     h, info = newton_over_time(step, params, x, h0, jacobian=jacobian, reset=reset, solver=solver)
     time = h.shape[1]
-    count = 1 if _axis(time) is not None else windows(time, solver.window)
+    count = 1 if time_axis(time) is not None else windows(time, solver.window)
     found = stability(step, params, x, h0, h, jacobian=jacobian, reset=reset)
 
     def unaided() -> Array:
@@ -312,11 +312,3 @@ def newton_measures(
         "max_jacobian": found.largest,
         "lyapunov": found.exponent,
     }
-
-
-def _axis(time: int) -> str | None:
-    """The mesh axis that splits this many steps evenly, if there is one."""
-    axis = time_axis()
-    if axis is None or time % jax.sharding.get_abstract_mesh().shape[axis]:
-        return None
-    return axis

@@ -90,6 +90,19 @@ class HRMConfig:
         """Positions that the vector of a puzzle takes, in front of its tokens."""
         return -(-self.puzzle_width // self.width)
 
+    def flops_per_segment(self, batch: int) -> float:
+        """Multiplications and additions of a training step's matrix products: the segment, the one
+        that gives the target, and twice as many again for each block that the gradient passes
+        through.
+        """
+        length = self.length + self.puzzle_tokens
+        block = 2 * (4 * self.width**2 + 3 * self.width * self.mlp_width)
+        block += 4 * length * self.width
+        run = self.high_cycles * (self.low_cycles * self.low_layers + self.high_layers)
+        graded = self.high_backprop * (self.low_backprop * self.low_layers + self.high_layers)
+        head = 2 * self.width * self.vocab_size
+        return batch * length * (2 * (run + graded) * block + 3 * head)
+
     def build(self, *, rngs: nnx.Rngs) -> "HRM":
         """A freshly initialised model."""
         return HRM(self, rngs=rngs)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.analysis import monitors
 from jaxrec.errors import UserError
-from jaxrec.models.protocol import loop_inputs
+from jaxrec.models.protocol import loop_inputs, text_prefix
 from jaxrec.ops import notes
 from jaxrec.training import sharding
 from jaxrec.training.config import MONITORS
@@ -131,6 +131,9 @@ def language_model_forward(
     )
     depth = model.config.mean_depth if depth is None else depth
     options = loop_inputs(model.config, depth, jax.random.key(0))
+    prefix = text_prefix(model.config, segments)
+    if prefix is not None:
+        options["prefix"] = prefix
     return model(tokens, segment_ids=segments, **options)
 
 

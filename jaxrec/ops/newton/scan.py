@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.newton import checks
 from jaxrec.ops.newton import structure as structures
 from jaxrec.ops.newton.adjoint import pull_back
@@ -228,6 +229,7 @@ def _run(plan: Plan, floats: Floats, others: Others, h0: Array) -> tuple[Array, 
 
 def _forward(plan: Plan, floats: Floats, others: Others, h0: Array) -> Any:
     h, info = _run(plan, floats, others, h0)
+    h = kept(h)
     return (h, info), (floats, others, h0, h)
 
 

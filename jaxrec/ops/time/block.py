@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.time.scan import Method, shifted
 
 LARGEST_UNROLLED = 4
@@ -127,7 +128,7 @@ def run(a: Array, b: Array, h0: Array, reverse: bool, method: Method) -> tuple[A
 
 
 def _forward(a, b, h0, reverse, method):  # type: ignore[no-untyped-def]
-    h, last = run(a, b, h0, reverse, method)
+    h, last = kept(run(a, b, h0, reverse, method))
     return (h, last), (a, h, h0)
 
 

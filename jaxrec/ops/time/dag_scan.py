@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.time.dags import DagBatch
 from jaxrec.ops.time.gating import check_dtypes
 
@@ -129,7 +130,7 @@ def _in_rounds(rows: Array, transition: Array, origins: Array, targets: Array) -
 
 
 def _forward(rows, transition, origins, targets):  # type: ignore[no-untyped-def]
-    rows = _in_rounds(rows, transition, origins, targets)
+    rows = kept(_in_rounds(rows, transition, origins, targets))
     return rows, (rows, transition, origins, targets)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.kept import kept
 from jaxrec.ops.time import gating
 from jaxrec.ops.time.gating import Flow, Nodes
 from jaxrec.ops.time.grid_rows import Grid, GridGates, merged_axes, of_rows, on_diagonal
@@ -208,7 +209,7 @@ def _by_platform(grid: Grid, orientations: tuple[int, ...]) -> Array:
 
 
 def _platform_forward(grid, orientations):  # type: ignore[no-untyped-def]
-    return _by_platform(grid, orientations), grid
+    return kept(_by_platform(grid, orientations)), grid
 
 
 def _platform_backward(orientations, grid, dy):  # type: ignore[no-untyped-def]

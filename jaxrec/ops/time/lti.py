@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from jaxrec.ops.time.sharded import from_all, on_devices
+
 # Accelerators multiply float32 with fewer digits unless told; powers would gather that error.
 EXACT = lax.Precision.HIGHEST
 
@@ -111,20 +113,14 @@ def sharded_dense_conv(
         def step(x: Array, one: Array) -> tuple[Array, Array]:
             return jnp.einsum("dnk,bdk->bdn", power, x, precision=EXACT) + one, x
 
-        every = lax.all_gather(alone, axis)
+        every = from_all(alone, axis)
         last, entering = lax.scan(step, jnp.zeros_like(alone), every)
         enters = lax.dynamic_index_in_dim(entering, lax.axis_index(axis), keepdims=False)
         return y + jnp.einsum("dmnt,bdn->btdm", rows[..., 1:], enters, precision=EXACT), last
 
     over_time, everywhere = PartitionSpec(None, axis), PartitionSpec()
-    mapped = jax.shard_map(
-        run,
-        in_specs=(everywhere, everywhere, everywhere, over_time),
-        out_specs=(over_time, everywhere),
-        axis_names={axis},
-        check_vma=False,
-    )
-    return jax.jit(mapped)(a_bar, b_bar, c, u)  # see `sharded._on_devices`
+    places = (everywhere, everywhere, everywhere, over_time)
+    return on_devices(run, axis, places, (over_time, everywhere))(a_bar, b_bar, c, u)
 
 
 def dense_scan(

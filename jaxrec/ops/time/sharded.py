@@ -59,8 +59,8 @@ def sharded_linear_scan(
       reset: as in `linear_scan`.
       method: how each device runs its own steps.
       exchange: "all_gather" sends every map to every device at once, S (2 b ...) values received by
-        each; "ppermute" composes neighbours' maps in log2(S) rounds of (2 b ...) values, and tells
-        the last state by a sum.
+        each, twice as many where the mesh has other axes (see `from_all`); "ppermute" composes
+        neighbours' maps in log2(S) rounds of (2 b ...) values, and tells the last state by a sum.
 
     Returns:
       h, spread over the axis as b is, and the last state on every device of it.
@@ -116,7 +116,7 @@ def sharded_selective_scan(
 
     over_time, everywhere, _ = _places(axis)
     places = (over_time, over_time, everywhere, over_time, over_time, everywhere, over_time)
-    return _on_devices(run, axis, places, (over_time, everywhere))(x, dt, a, b, c, state, reset)
+    return on_devices(run, axis, places, (over_time, everywhere))(x, dt, a, b, c, state, reset)
 
 
 def sharded_running_max(
@@ -153,7 +153,7 @@ def sharded_running_max(
 
     over_time, everywhere, _ = _places(axis)
     places = (over_time, over_time, everywhere)
-    return _on_devices(run, axis, places, (over_time, everywhere))(log_decay, x, m0)
+    return on_devices(run, axis, places, (over_time, everywhere))(log_decay, x, m0)
 
 
 def sharded_matrix_scan(
@@ -217,10 +217,10 @@ def _forward(a, b, h0, axis, reverse, method, exchange):  # type: ignore[no-unty
         return h, last, entering[None], product[None]
 
     over_time, everywhere, per_device = _places(axis)
-    on_devices = _on_devices(
+    mapped = on_devices(
         run, axis, (over_time, over_time, everywhere), (over_time, everywhere, *[per_device] * 2)
     )
-    h, last, entering, product = kept(on_devices(a, b, h0))
+    h, last, entering, product = kept(mapped(a, b, h0))
     return (h, last), (a, h, entering, product)
 
 
@@ -235,7 +235,7 @@ def _backward(axis, reverse, method, exchange, residuals, cotangents):  # type: 
 
     over_time, everywhere, per_device = _places(axis)
     places = (over_time, over_time, per_device, per_device, over_time, everywhere)
-    return _on_devices(run, axis, places, (over_time, over_time, everywhere))(
+    return on_devices(run, axis, places, (over_time, over_time, everywhere))(
         *residuals, *cotangents
     )
 
@@ -259,7 +259,7 @@ def _matrix_forward(inputs, state, axis, chunk, exchange):  # type: ignore[no-un
 
     over_time, everywhere, _ = _places(axis)
     places = (over_time, everywhere), (over_time, everywhere, over_time)
-    y, last, states = kept(_on_devices(run, axis, *places)(inputs, state))
+    y, last, states = kept(on_devices(run, axis, *places)(inputs, state))
     return (y, last), (inputs, states)
 
 
@@ -276,7 +276,7 @@ def _matrix_backward(axis, chunk, exchange, residuals, cotangents):  # type: ign
 
     over_time, everywhere, _ = _places(axis)
     places = (over_time, over_time, over_time, everywhere), (over_time, everywhere)
-    return _on_devices(run, axis, *places)(*residuals, *cotangents)
+    return on_devices(run, axis, *places)(*residuals, *cotangents)
 
 
 _matrix_scan.defvjp(_matrix_forward, _matrix_backward)
@@ -318,7 +318,7 @@ def _places(axis: str) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     return PartitionSpec(None, axis), PartitionSpec(), PartitionSpec(axis)
 
 
-def _on_devices(
+def on_devices(
     run: Callable[..., Any], axis: str, in_specs: tuple[Any, ...], out_specs: tuple[Any, ...]
 ) -> Callable[..., Any]:
     """`run` on each device's part; axes of the mesh other than `axis` are left to the compiler."""

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrec.ops.depth import remat_scan
 from jaxrec.ops.depth.remat import REMAT_POLICIES, Apart
+from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import linear_scan, matrix_scan, selective_scan
 
 STEPS, WIDTH = 11, 64
@@ -79,6 +80,9 @@ def test_what_the_gradient_keeps():
 SCANS = {
     "linear": lambda x: linear_scan(jax.nn.sigmoid(x), x)[0],
     "matrix": lambda x: matrix_scan(*[x[:, :, None]] * 3, -(x[:, :, :1] ** 2))[0][:, :, 0],
+    "newton": lambda x: newton_scan(
+        lambda _, h, x: jnp.tanh(h + x), None, x, x[:, 0], method="newton"
+    )[0],
     "selective": lambda x: selective_scan(x, x**2, -jnp.ones((4, 2)), *[x[..., :2]] * 2)[0],
 }
 
@@ -95,7 +99,8 @@ def test_products_and_results_of_recurrences_are_not_computed_again(scan):
                 remat_scan(lambda z, _: (scan(z), None), x, None, length=3, remat=remat)[0]
             )
 
-        return str(jax.make_jaxpr(jax.grad(loss))(x)).count(" scan[")
+        program = str(jax.make_jaxpr(jax.grad(loss))(x))
+        return program.count(" scan[") + program.count(" while[")
 
     assert loops("none") == loops("dots") < loops("block")
 
