@@ -140,8 +140,8 @@ class RunConfig(CommonConfig):
     """Length of the run in steps, >= 1."""
     remat: RematPolicy = "none"
     """What the backward pass computes again: nothing, all but products with weights and recurrences
-    in time (the fastest on CPU for language models), each block, or blocks in groups of about the root of their
-    number."""
+    in time (the fastest on CPU for language models), each block, or blocks in groups of about the
+    root of their number."""
     eval_every: int = 100
     """Steps between two evaluations, >= 0; 0 evaluates at the end only."""
     save_every: int = 100
@@ -203,7 +203,8 @@ class TrainConfig(RunConfig):
     """Microbatches per step, >= 1; divides batch. More need less memory and compute the same."""
     remat: RematPolicy = "dots"
     """What the backward pass computes again: nothing, all but products with weights and recurrences
-    in time (the fastest on CPU), each block, or blocks in groups of about the root of their number."""
+    in time (the fastest on CPU), each block, or blocks in groups of about the root of their
+    number."""
     eval_batches: int = 4
     """Validation batches per evaluation, >= 1; the one at the end reads four times as many."""
     eval_depths: tuple[int, ...] | None = None
@@ -290,7 +291,8 @@ class PuzzleConfig(RunConfig):
     times as many."""
     remat: RematPolicy = "block"
     """What the backward pass computes again: nothing, all but products with weights and recurrences
-    in time, each block (the fastest on CPU), or blocks in groups of about the root of their number."""
+    in time, each block (the fastest on CPU), or blocks in groups of about the root of their
+    number."""
     puzzle_rate: float = 1e-3
     """Peak learning rate of the puzzles' vectors, > 0; its schedule is the optimizer's."""
     puzzle_decay: float = 0.1
