@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrec.errors import UserError
 from jaxrec.models.protocol import LanguageModelConfig
 from jaxrec.training import sharding
 from jaxrec.training.config import OptimizerConfig, TrainConfig
 from jaxrec.training.data import Batches, Data, load_data
 from jaxrec.training.evaluation import evaluate
 from jaxrec.training.loop import Meter, check_fits
-from jaxrec.training.progress import RunProgress
 from jaxrec.training.running import State
 from jaxrec.training.runs import versions
 from jaxrec.training.step import build_steps
@@ -100,19 +100,20 @@ def equal_time(
       seconds of training until then. Nothing is kept on disk.
 
     Raises:
-      UserError: the data cannot be read or do not fit a model.
+      UserError: the data cannot be read or do not fit a model, the loss or its gradient was not
+        finite, or the optimizer counts its schedule together with its own steps, as adam_atan2
+        does.
     """
     data = load_data(config.data.source, config.data.tokenizer, config.data.valid_fraction)
     rows: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     for name, model in models.items():
-        if stream is not None:
-            print(f"{name}:", file=stream, flush=True)
-        rows[name], curves[name] = _train(model, config, data, 60 * minutes, stream, clock)
+        rows[name], curves[name] = _train(name, model, config, data, 60 * minutes, stream, clock)
     return {"minutes_of_training": minutes, "models": rows, "data": data.provenance}, curves
 
 
 def _train(
+    name: str,
     model: LanguageModelConfig,
     config: TrainConfig,
     data: Data,
@@ -128,26 +129,38 @@ def _train(
     meter = Meter(model, config, data, mesh.size)
     curve: dict[str, list[float]] = {"tokens": [], "seconds": [], "bits_per_byte": []}
     state, step, spent, begun, worked = steps.init(), 0, 0.0, 0.0, 0.0
-    with RunProgress(config.steps, stream=stream) as progress:
-        while spent < seconds or step < 2:
-            part = int(config.steps * spent / seconds) if seconds else 0
-            depth = model.sample_depth(np.random.default_rng((config.seed, step)))
-            batch = sharding.put_batch(batches(step), mesh)
-            state, metrics = steps.train(_at(state, part), batch, jnp.int32(depth or 0))
-            numbers = jax.device_get(metrics)  # waits for the step
-            step += 1
-            if step == 1:
-                begun, worked = clock(), time.process_time()
-                continue
-            lap, spent = spent, clock() - begun
-            meter.add(depth, numbers, spent - lap)
-            if step % config.log_every == 0 or not spent < seconds:
-                line = meter.flush()
-                curve["tokens"].append(step * config.batch * config.time)
-                curve["seconds"].append(spent)
-                curve["bits_per_byte"].append(line["bits_per_byte"])
-                shown = {name: line[name] for name in ("loss", "bits_per_byte")}
-                progress.update(part, **shown, tokens_per_second=line["tokens_per_second"])
+    while spent < seconds or step < 2:
+        part = int(config.steps * spent / seconds) if seconds else 0
+        depth = model.sample_depth(np.random.default_rng((config.seed, step)))
+        batch = sharding.put_batch(batches(step), mesh)
+        state, metrics = steps.train(_at(state, part), batch, jnp.int32(depth or 0))
+        numbers = jax.device_get(metrics)  # waits for the step
+        step += 1
+        if not numbers.pop("healthy"):
+            raise UserError(
+                f"{name} stopped at step {step}: loss {numbers['loss']}, norm of the gradient"
+                f" {numbers['grad_norm']}, not all finite. Lower optimizer.learning_rate, or use"
+                " precision float32."
+            )
+        if step == 1:
+            begun, worked = clock(), time.process_time()
+            continue
+        lap, spent = spent, clock() - begun
+        meter.add(depth, numbers, spent - lap)
+        if step % config.log_every == 0 or not spent < seconds:
+            line = meter.flush()
+            curve["tokens"].append(step * config.batch * config.time)
+            curve["seconds"].append(spent)
+            curve["bits_per_byte"].append(line["bits_per_byte"])
+            if stream is not None:
+                print(
+                    f"{name}  {spent:.0f} of {seconds:.0f} s  step {step}"
+                    f"  {line['bits_per_byte']:.3f} bits/byte"
+                    f"  {line['tokens_per_second']:.0f} tokens/s",
+                    file=stream,
+                    flush=True,
+                )
+    worked = time.process_time() - worked
     found = evaluate(steps, state["params"], model, config, data, mesh, batches=config.eval_batches)
     row = {
         "parameters": sum(x.size for x in jax.tree.leaves(state["params"])),
@@ -162,7 +175,11 @@ def _train(
 
 
 def _at(state: State, part: int) -> State:
-    """The state of a run whose schedule is at this part of its time."""
+    """The state of a run whose schedule is at this part of its time.
+
+    Raises:
+      UserError: the optimizer has no place in its schedule beside the number of its steps.
+    """
 
     def is_place(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
@@ -170,6 +187,11 @@ def _at(state: State, part: int) -> State:
     def moved(x: Any) -> Any:
         return x._replace(count=jnp.asarray(part, x.count.dtype)) if is_place(x) else x
 
+    if not any(map(is_place, jax.tree.leaves(state["opt_state"], is_leaf=is_place))):
+        raise UserError(
+            "The learning rate of this optimizer follows its steps and cannot follow time, as is"
+            " so of adam_atan2. Choose optimizer.name adamw, atan2 or lamb."
+        )
     return state | {"opt_state": jax.tree.map(moved, state["opt_state"], is_leaf=is_place)}
 
 

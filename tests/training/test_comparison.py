@@ -1,5 +1,7 @@
 """Models trained for equal time: a clock of one second per look says when each ends."""
 
+import dataclasses
+import io
 import itertools
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrec.errors import UserError
 from jaxrec.training import comparison, sharding
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.step import build_steps
@@ -25,8 +28,8 @@ def config(tmp_path_factory):
     return run_config(text, steps=1000, batch=2, log_every=2, optimizer=optimizer)
 
 
-def compared(config, minutes, clock):
-    return comparison.equal_time({"A": LINEAR_RNN}, config, minutes, clock=clock)
+def compared(config, minutes, clock, stream=None):
+    return comparison.equal_time({"A": LINEAR_RNN}, config, minutes, clock=clock, stream=stream)
 
 
 def test_a_run_ends_when_its_time_is_over(config):
@@ -39,7 +42,6 @@ def test_a_run_ends_when_its_time_is_over(config):
     assert curves["A"]["tokens"] == [64, 128, 192, 256, 320]
     np.testing.assert_allclose(curves["A"]["seconds"], [0.7, 2.1, 3.5, 4.9, 6.3])
     assert len(curves["A"]["bits_per_byte"]) == 5
-    assert row["processor_seconds"] > 0
     again, curve = compared(config, 0.1, ticking(0.7))
     assert (again["models"]["A"]["bits_per_byte"], curve) == (row["bits_per_byte"], curves)
     faster, _ = compared(config, 0.1, ticking(0.5))
@@ -58,6 +60,62 @@ def test_the_schedule_follows_the_share_of_time(config):
         if isinstance(leaf, optax.ScaleByScheduleState)
     ]
     assert [int(place) for place in places] == [750]
+
+
+def test_an_optimizer_that_counts_its_schedule_in_steps_is_refused(config):
+    other = dataclasses.replace(config.optimizer, name="adam_atan2")
+    with pytest.raises(UserError, match=r"cannot follow time, as is so of adam_atan2\. Choose"):
+        compared(dataclasses.replace(config, optimizer=other), 0, ticking(1.0))
+
+
+def test_processor_time_is_that_of_training(config, monkeypatch):
+    """From the end of the first step, which compiles, to the evaluation, which takes 7 s here."""
+    now = [1000.0]
+
+    def evaluate(*arguments, **options):
+        now[0] += 7
+        return right(*arguments, **options)
+
+    def clock():  # looked at after every step
+        now[0] += 2.5
+        return now[0]
+
+    right = comparison.evaluate
+    monkeypatch.setattr(comparison, "evaluate", evaluate)
+    monkeypatch.setattr(comparison.time, "process_time", lambda: now[0])
+    row = compared(config, 0.1, clock)[0]["models"]["A"]
+    assert (row["steps"], row["processor_seconds"]) == (4, 7.5)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_step_that_is_not_finite_ends_it(last, config, monkeypatch):
+    """Be it the first one."""
+    right = comparison.build_steps
+
+    def build(*arguments):
+        steps = right(*arguments)
+        count = itertools.count(1)
+
+        def train(*arguments):
+            state, metrics = steps.train(*arguments)
+            return state, metrics | {"healthy": np.bool_(next(count) != last)}
+
+        return steps._replace(train=train)
+
+    monkeypatch.setattr(comparison, "build_steps", build)
+    with pytest.raises(UserError, match=rf"A stopped at step {last}: loss .* not all finite"):
+        compared(config, 0.1, ticking(0.7))
+
+
+def test_progress_is_told_in_seconds_and_true_steps(config):
+    stream = io.StringIO()
+    compared(config, 0.1, ticking(0.7), stream)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 5 and "bits/byte" in lines[-1] and "tokens/s" in lines[-1]
+    assert [line.partition("  step ")[0] for line in lines] == [
+        f"A  {spent} of 6 s" for spent in (1, 2, 4, 5, 6)
+    ]
+    assert [int(line.split("step ")[1].split()[0]) for line in lines] == [2, 4, 6, 8, 10]
 
 
 def test_no_time_is_two_steps(config):
