@@ -30,7 +30,8 @@ class Arguments:
     examples; all if left out."""
     rate: float | None = None
     """Of a classifier of digits: samples per pixel, for a signal sampled at another rate than in
-    training; layers that know of time have their steps scaled to it."""
+    training; layers that know of time have their steps scaled to it. That of training if left out;
+    a file has one sample per pixel."""
     step: int | None = None
     """Checkpoint; the newest if left out."""
     ema: bool = False

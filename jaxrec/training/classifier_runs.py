@@ -23,7 +23,7 @@ from jaxrec.models.sequence_classifier import SequenceClassifierConfig
 from jaxrec.training import hosts, monitors, optim, running, sharding
 from jaxrec.training.classification import check_examples, numbers, optimizer_for
 from jaxrec.training.config import ClassifierConfig
-from jaxrec.training.data.examples import Examples, LabelledData, load_examples
+from jaxrec.training.data.examples import NAMES, Examples, LabelledData, load_examples
 from jaxrec.training.running import State, averaged, due, open_run, run_folder, run_steps
 from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
@@ -287,8 +287,9 @@ def evaluate_classifier_run(
     Args:
       folder: the run.
       source: other examples; the run's if None. Those that are held out are classified.
-      rate: samples per pixel of the digits; the run's if None. A mixer whose parameters are those
-        of a system in continuous time has its steps scaled by what this differs from the run's.
+      rate: samples per pixel of the digits; the run's if None, or 1 if the source is another file.
+        A mixer whose parameters are those of a system in continuous time has its steps scaled by
+        what this differs from the run's.
       batches: how many batches, the first ones; all if None.
       step: which checkpoint; the newest if None.
       ema: the running average instead of the parameters.
@@ -303,9 +304,9 @@ def evaluate_classifier_run(
     if not isinstance(run.config, ClassifierConfig):
         raise UserError(f"{folder} is not the run of a classifier of sequences.")
     trained = run.config.data
-    config = dataclasses.replace(
-        trained, source=source or trained.source, rate=trained.rate if rate is None else rate
-    )
+    if rate is None:
+        rate = trained.rate if source is None or source in NAMES else 1.0
+    config = dataclasses.replace(trained, source=source or trained.source, rate=rate)
     data = load_examples(config)
     check_fits(run.model_config, run.config, data)
     model, step = trained_model(run, step=step, ema=ema)

@@ -4,6 +4,7 @@ fit; and the examples it reads."""
 import dataclasses
 import os
 import signal
+import zipfile
 
 import jax
 import numpy as np
@@ -132,6 +133,31 @@ def test_a_trained_classifier_is_scored(whole):
         load_model(runs / "run")
 
 
+def test_a_run_at_another_rate_is_scored_on_a_file(config, tmp_path):
+    """Which is read at one sample per pixel, and its time steps scaled to that."""
+    at = ExamplesConfig(rate=0.5, valid_fraction=0.02)
+    here = dataclasses.replace(config, steps=1, eval_every=0, data=at)
+    model = dataclasses.replace(MODEL, classes=10)
+    train_classifier_run(PATH, model, here, runs=tmp_path)
+    train, valid, _ = load_examples(dataclasses.replace(at, rate=1.0))
+    file = tmp_path / "pixels.npz"
+    np.savez(
+        file,
+        inputs=train.inputs[:8],
+        labels=train.labels[:8],
+        valid_inputs=valid.inputs,
+        valid_labels=valid.labels,
+    )
+    folder = tmp_path / "run"
+    assert evaluate_classifier_run(folder, source=str(file)) == evaluate_classifier_run(
+        folder, rate=1.0
+    )
+    permuted_at_half, _ = evaluate_classifier_run(folder, source="digits-permuted")
+    assert permuted_at_half.examples == len(valid.labels)
+    with pytest.raises(UserError, match=r"Leave it at 1 for .*pixels\.npz"):
+        evaluate_classifier_run(folder, source=str(file), rate=0.5)
+
+
 def test_the_order_is_a_function_of_seed_and_step(config, file):
     train = load_examples(config.data).train
     epochs = [
@@ -258,14 +284,43 @@ def test_files_that_cannot_be_used(change, message, tmp_path):
         load_examples(ExamplesConfig(source=str(file)))
 
 
+def test_damaged_archives_are_refused(tmp_path):
+    """Every byte of one flipped in turn: of the compressed data, checksums, names and flags, one of
+    which says that a member is encrypted.
+    """
+    whole, file = tmp_path / "whole.npz", tmp_path / "file.npz"
+    np.savez_compressed(whole, inputs=np.arange(24.0).reshape(6, 4, 1), labels=np.arange(6))
+    good = whole.read_bytes()
+    refused = []
+    for place in range(len(good)):
+        for bit in (1, 32):
+            file.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+            try:
+                load_examples(ExamplesConfig(source=str(file), valid_fraction=0.4))
+            except UserError as error:
+                refused.append(str(error))
+    for part in ("decompressing data", "compression method", "encrypted", "CRC", "lacks the array"):
+        assert any(part in message for message in refused), part
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("inputs", "1 2 3")
+    with pytest.raises(UserError, match="inputs is no array of NumPy"):
+        load_examples(ExamplesConfig(source=str(tmp_path / "text.npz")))
+
+
 def test_sources_that_there_are_not(tmp_path):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 and no more")
     np.save(tmp_path / "one.npy", np.zeros(3))
     for options, message in (
         ({"source": "digit"}, "no examples 'digit'. Did you mean digits?"),
         ({"source": str(tmp_path / "torn.npz")}, "Cannot read"),
-        ({"source": str(tmp_path / "one.npy")}, "is one array"),
-        ({"source": str(tmp_path / "torn.npz"), "rate": 2.0}, "only digits can be sampled"),
+        ({"source": str(tmp_path / "one.npy")}, f"^{tmp_path / 'one.npy'} is one array"),
+        (
+            {"source": str(tmp_path / "torn.npz"), "rate": 2.0},
+            r"rate is 2, but only digits and digits-permuted can .* Leave it at 1 for .*torn\.npz",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             load_examples(ExamplesConfig(**options))

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,11 @@ from jaxrec.training.data.digits import load_digits
 DIGITS, PERMUTED = "digits", "digits-permuted"
 NAMES = (DIGITS, PERMUTED)
 FIELDS = ("inputs", "labels", "lengths")
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error),
+    RuntimeError,  # of a member that is encrypted, or compressed in a way that is not known
+)
+"""What NumPy raises of a damaged archive."""
 
 
 class Examples(NamedTuple):
@@ -59,7 +65,8 @@ def load_examples(config: ExamplesConfig) -> LabelledData:
         )
     elif config.rate != 1:
         raise UserError(
-            f"data.rate is {config.rate}, but only {DIGITS} can be sampled at another rate."
+            f"The rate is {config.rate:g}, but only {' and '.join(NAMES)} can be sampled at another"
+            f" one. Leave it at 1 for {config.source}."
         )
     else:
         train, valid = _read(config)
@@ -123,11 +130,15 @@ def _read(config: ExamplesConfig) -> tuple[Examples, Examples]:
     try:
         with file.open("rb") as opened:
             archive = np.load(opened, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{file} is one array; expected an .npz file of several.")
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+            several = isinstance(archive, np.lib.npyio.NpzFile)
+            arrays = {name: archive[name] for name in archive.files} if several else {}
+    except UNREADABLE as error:
         raise UserError(f"Cannot read {file}: {error}.") from error
+    if not several:
+        raise UserError(f"{file} is one array; expected an .npz file of several.")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{file}: {name} is no array of NumPy. Write it by numpy.savez.")
     known = {prefix + name for prefix in ("", "valid_") for name in FIELDS}
     for name in arrays.keys() - known:
         raise UserError(
