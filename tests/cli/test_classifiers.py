@@ -69,7 +69,7 @@ def test_what_a_run_of_a_classifier_cannot_do(capsys, trained):
     assert "leave --depths" in refused(capsys, "eval", trained, "--depths", "1,2")
     assert "data.rate must be positive" in refused(capsys, "eval", trained, "--rate", "0")
     assert "reads no text" in refused(capsys, "generate", trained, "--prompt", "a")
-    assert "is no language model" in refused(capsys, "plan", PATH)
+    assert "is a classifier; plans are made for" in refused(capsys, "plan", PATH)
     assert "classifies sequences" in refused(capsys, "profile", PATH)
 
 
