@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrec.ops.discretize import ROUNDING
+from jaxrec.ops.discretize import is_stable
 
 View = Literal["auto", "conv", "scan"]
 
@@ -50,14 +50,14 @@ def check_one_step(name: str, rescale: float | Array) -> None:
         )
 
 
-def stability(largest_decay: Array) -> dict[str, Array]:
+def decay_measures(largest_decay: Array) -> dict[str, Array]:
     """What a model says of its linear recurrences (...): largest_decay, the largest |a| of all, and
-    unstable, 1 if it is above one by more than rounding, so that states grow without bound, else 0.
+    unstable, 0 if that `is_stable`, else 1: states grow without bound.
     """
     largest = jnp.max(largest_decay)
     return {
         "largest_decay": largest,
-        "unstable": (largest > 1 + ROUNDING).astype(jnp.float32),
+        "unstable": 1 - is_stable(largest[None]).astype(jnp.float32),
     }
 
 

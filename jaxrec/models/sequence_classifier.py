@@ -28,7 +28,7 @@ from jaxrec.layers.norm import LayerNorm
 from jaxrec.layers.rglru import RGLRU, RGLRUConfig
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5, S5Config
-from jaxrec.layers.ssm import stability
+from jaxrec.layers.ssm import decay_measures
 from jaxrec.ops.depth import RematPolicy, remat_scan
 
 
@@ -204,12 +204,12 @@ class SequenceClassifier(nnx.Module):
             mean = total / lengths[:, None].astype(jnp.float32)
             return self.decoder(mean).astype(jnp.float32)
 
-    def stability(self) -> dict[str, Array]:
-        """`layers.ssm.stability` of the worst layer; nothing if the mixer cannot be unstable."""
+    def decay_measures(self) -> dict[str, Array]:
+        """`layers.ssm.decay_measures` of the worst layer; nothing if the mixer is always stable."""
         if not self.config.has_time_steps:
             return {}
         decays = jax.lax.map(lambda block: block.mixer.largest_decay(), self.blocks)
-        return stability(decays)
+        return decay_measures(decays)
 
 
 DIGITS = SequenceClassifierConfig(

@@ -28,7 +28,7 @@ from jaxrec.layers.recurrent_lm import RecurrentLM, Unlooped
 from jaxrec.layers.residual import ResidualBlock
 from jaxrec.layers.s4d import S4DConfig
 from jaxrec.layers.s5 import S5Config
-from jaxrec.layers.ssm import check_steps, stability
+from jaxrec.layers.ssm import check_steps, decay_measures
 
 Kind = Literal["s5", "s4d", "lssl"]
 
@@ -115,8 +115,8 @@ class SSMMixer(nnx.Module):
         return self.activation(y.reshape(x.shape)), last
 
     def measure(self, x: Array, state: Array, *, reset: Array | None = None) -> dict[str, Array]:
-        """`layers.ssm.stability` of the layer, which depends on no input."""
-        return stability(self.layer.largest_decay())
+        """`layers.ssm.decay_measures` of the layer, which depends on no input."""
+        return decay_measures(self.layer.largest_decay())
 
 
 def _block(config: SSMConfig, rngs: nnx.Rngs) -> ResidualBlock:

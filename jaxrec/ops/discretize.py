@@ -6,8 +6,8 @@
 
 with alpha = 0 Euler, 1/2 bilinear (Tustin), 1 backward Euler. A stable system stays stable for any
 dt under zero-order hold and for alpha >= 1/2; under Euler it does not once |1 + dt lambda| > 1.
-Nothing is raised then, because trained values are not known when a program is built; `is_stable`
-says it, and models report `largest_decay` at every evaluation.
+Nothing is raised then, because trained values are not known when a program is built; models report
+`largest_decay` and, by `is_stable`, `unstable` at every evaluation.
 
 Gu et al., Combining recurrent, convolutional, and continuous-time models with linear state-space
 layers (2021), arXiv:2110.13985, section 2; Smith et al., S5 (2022), arXiv:2208.04933, section 2.

@@ -50,7 +50,7 @@ class ClassifierSteps(NamedTuple):
     # (params, examples, weights, factor on every time step) -> summed nats, sum of those right
     evaluate: Callable[[Any, Examples, Array, Array], tuple[Array, Array]]
     abstract: State  # shapes, dtypes and shardings of the state
-    measure: Callable[[Any], dict[str, Array]]  # params -> `stability` of the model
+    measure: Callable[[Any], dict[str, Array]]  # params -> `decay_measures` of the model
     merge: Callable[[Any], Any]  # params -> model
     computing: Callable[[Any], Any]  # params -> model in the dtypes in which it computes
 
@@ -128,7 +128,7 @@ def build_classifier_steps(
         evaluate=OnMesh(jax.jit(evaluate, out_shardings=everywhere), mesh),
         abstract=abstract,
         measure=OnMesh(
-            jax.jit(lambda params: merge(params).stability(), out_shardings=everywhere), mesh
+            jax.jit(lambda params: merge(params).decay_measures(), out_shardings=everywhere), mesh
         ),
         merge=merge,
         computing=computing,

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.layers.s5 import S5Config
-from jaxrec.layers.ssm import stability
+from jaxrec.layers.ssm import decay_measures
 from jaxrec.ops import hippo
 from jaxrec.testing import assert_close
 from tests import references
@@ -221,7 +221,7 @@ def test_clipped_eigenvalues_are_stable():
         layer.eigenvalue_real = nnx.Param(jnp.array([0.5, -0.5]), axes=("state",))
         decay, _ = layer.discretized()
         assert bool(np.all(np.abs(decay) < 1)) == clip
-        assert bool(stability(layer.largest_decay())["unstable"]) != clip
+        assert bool(decay_measures(layer.largest_decay())["unstable"]) != clip
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,9 @@ def test_what_does_not_fit_is_refused(whole, config, tmp_path):
             train_classifier_run(PATH, dataclasses.replace(MODEL, **fields), config, runs=tmp_path)
     with pytest.raises(UserError, match="A batch of 41 needs as many examples of training, got 40"):
         train_classifier_run(PATH, MODEL, dataclasses.replace(config, batch=41), runs=tmp_path)
+    watched = dataclasses.replace(config, monitors="newton")
+    with pytest.raises(UserError, match=r"nothing to say of newton\. It can give state, gates"):
+        train_classifier_run(PATH, MODEL, watched, runs=tmp_path)
     assert not list(tmp_path.iterdir())
     other = dataclasses.replace(config, state_space_rate=0.1)
     with pytest.raises(UserError, match=r"a run with state_space_rate 0\.002; this one has 0\.1"):
