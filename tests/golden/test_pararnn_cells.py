@@ -26,7 +26,7 @@ def is_cell(folder):
 
 
 FOLDERS = [folder for folder in cases("pararnn") if is_cell(folder)]
-IN_FLOAT64 = 1e-10
+IN_FLOAT64 = 2e-12
 
 
 def packed(states):
@@ -59,6 +59,8 @@ def test_output_states_and_gradients_of_the_layer(case, model: ParaRNN, method):
     for name, got in found.items():
         # Large recurrent entries may take the original's own float32 further than 1e-5 from its
         # float64. Ten times that is what float32 can be held to; the numbers are held in float64.
+        # Measured with entries of gru_damped_silu times 8 (35 at most): a loop 1e-5 of the largest
+        # gradient, Newton 8e-5; times 16: both 0.3, and in float64 4e-13. None of ours needs it.
         gap = case.gaps.get(name, 0) / max(float(np.max(np.abs(case[name]))), 1e-30)
         case.check(name, got, largest_relative_error=max(LARGEST_RELATIVE_ERROR, 10 * gap))
 
