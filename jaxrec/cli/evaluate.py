@@ -3,9 +3,12 @@ share of held-out puzzles that are solved, by segment; of a classifier, the shar
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -79,37 +82,22 @@ def run(arguments: Arguments) -> int:
 def _run_examples(arguments: Arguments) -> int:
     from jaxrec.training.classifier_runs import evaluate_classifier_run
 
-    scores, step = evaluate_classifier_run(
-        arguments.run,
-        source=arguments.data,
-        rate=arguments.rate,
-        batches=arguments.batches,
-        step=arguments.step,
-        ema=arguments.ema,
+    return _print_scores(
+        arguments,
+        functools.partial(evaluate_classifier_run, rate=arguments.rate),
+        lambda scores: f"{scores.examples} held-out examples: {scores}",
     )
-    if arguments.json:
-        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(scores)}))
-    else:
-        print(f"{arguments.run}, step {step}, {scores.examples} held-out examples: {scores}")
-    return 0
 
 
 def _run_puzzles(arguments: Arguments) -> int:
     from jaxrec.training.puzzle_report import table
     from jaxrec.training.puzzles import evaluate_puzzles_run
 
-    scores, step = evaluate_puzzles_run(
-        arguments.run,
-        source=arguments.data,
-        batches=arguments.batches,
-        step=arguments.step,
-        ema=arguments.ema,
+    return _print_scores(
+        arguments,
+        evaluate_puzzles_run,
+        lambda scores: f"{scores.puzzles} held-out puzzles\n{table(scores)}",
     )
-    if arguments.json:
-        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(scores)}))
-    else:
-        print(f"{arguments.run}, step {step}, {scores.puzzles} held-out puzzles\n{table(scores)}")
-    return 0
 
 
 def _show(arguments: Arguments) -> int:
@@ -138,23 +126,37 @@ def _show(arguments: Arguments) -> int:
 
 
 def _run_text(arguments: Arguments, depths: tuple[int, ...] | None) -> int:
-    from jaxrec.training.evaluation import evaluate_run
+    from jaxrec.training.evaluation import Evaluation, evaluate_run
 
-    result, step = evaluate_run(
+    def table(result: Evaluation) -> str:
+        lines = [
+            f"{result.tokens:,} tokens of validation text",
+            f"{'depth':>6}  {'nats/token':>10}  {'bits/byte':>9}",
+        ]
+        for depth, bits in result.bits_per_byte.items():
+            lines.append(f"{depth:>6}  {result.loss[depth]:10.4f}  {bits:9.4f}")
+        return "\n".join(lines)
+
+    return _print_scores(arguments, functools.partial(evaluate_run, depths=depths), table)
+
+
+def _print_scores(
+    arguments: Arguments,
+    evaluate: Callable[..., tuple[Any, int]],
+    text: Callable[[Any], str],
+) -> int:
+    """What `evaluate` finds, as JSON or as a text."""
+    scores, step = evaluate(
         arguments.run,
-        depths=depths,
         source=arguments.data,
         batches=arguments.batches,
         step=arguments.step,
         ema=arguments.ema,
     )
     if arguments.json:
-        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(result)}))
-        return 0
-    print(f"{arguments.run}, step {step}, {result.tokens:,} tokens of validation text")
-    print(f"{'depth':>6}  {'nats/token':>10}  {'bits/byte':>9}")
-    for depth, bits in result.bits_per_byte.items():
-        print(f"{depth:>6}  {result.loss[depth]:10.4f}  {bits:9.4f}")
+        print(json.dumps({"run": str(arguments.run), "step": step, **dataclasses.asdict(scores)}))
+    else:
+        print(f"{arguments.run}, step {step}, {text(scores)}")
     return 0
 
 

@@ -1,26 +1,11 @@
 """What a finished run of a classifier shows: its scores, and curves."""
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
-from jaxrec.training.classifier_runs import Outcome
 from jaxrec.training.metrics import read
-from jaxrec.training.runs import versions
+from jaxrec.training.running import write_scores
 
-
-def write_classifier_report(outcome: Outcome) -> dict[str, Any]:
-    """Writes report.json: the scores of the end, data and versions."""
-    assert outcome.evaluation is not None, "a run that was stopped has nothing to report"
-    report = {
-        "steps": outcome.step,
-        **dataclasses.asdict(outcome.evaluation),
-        "data": outcome.run.data,
-        "versions": versions(),
-    }
-    (outcome.run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+write_classifier_report = write_scores
 
 
 def plot_classifier_curves(folder: Path) -> Path | None:

@@ -20,11 +20,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError
 from jaxrec.models.sequence_classifier import SequenceClassifierConfig
-from jaxrec.training import hosts, monitors, optim, running, sharding
+from jaxrec.training import monitors, optim, running, sharding
 from jaxrec.training.classification import check_examples, numbers, optimizer_for
 from jaxrec.training.config import ClassifierConfig
 from jaxrec.training.data.examples import NAMES, Examples, LabelledData, load_examples
-from jaxrec.training.running import State, averaged, due, open_run, run_folder, run_steps
+from jaxrec.training.running import (
+    Settling,
+    State,
+    all_finite,
+    averaged,
+    due,
+    ended,
+    open_run,
+    run_folder,
+    run_steps,
+    settled,
+)
 from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
 from jaxrec.training.step import cast_matrices, is_matrix, step_key
@@ -107,12 +118,9 @@ def build_classifier_steps(
         ema = state["ema"]
         if decay is not None:
             ema = optim.ema_update(ema, params, decay)
-        healthy = jnp.isfinite(value)
-        for leaf in jax.tree.leaves(params):
-            healthy &= jnp.all(jnp.isfinite(leaf))
         new = {"params": params, "opt_state": opt_state, "ema": ema, "step": step + 1}
         metrics = {"loss": value, "accuracy": right, "learning_rate": rate(step)}
-        return new, metrics | {"healthy": healthy}
+        return new, metrics | {"healthy": all_finite((value, params))}
 
     def evaluate(
         params: Any, batch: Examples, weights: Array, step_rescale: Array
@@ -133,14 +141,6 @@ def build_classifier_steps(
         merge=merge,
         computing=computing,
     )
-
-
-class Settling(NamedTuple):
-    """A step that the device may still work on."""
-
-    step: int  # updates made after it
-    metrics: dict[str, Array]
-    watched: dict[str, Array] | None  # by the monitors, after the step
 
 
 def train_classifier_run(
@@ -203,20 +203,10 @@ def train_classifier_run(
             return Settling(step + 1, metrics, watched)
 
         def settle(waiting: Settling) -> None:
-            step, metrics, watched = waiting
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not values.pop("healthy"):
-                now.checkpoints.wait()
-                good = now.checkpoints.latest_step()
-                kept = "no checkpoint was written yet"
-                raise UserError(
-                    f"Stopped at step {step}: loss {values['loss']}, and not all parameters are"
-                    f" finite; {kept if good is None else f'checkpoint {good} is good'}. Lower"
-                    " optimizer.learning_rate, or use precision float32."
-                )
+            step, values = waiting.step, settled(now, waiting)
             sums.append(values | {"seconds": now.watch.lap()})
-            if watched is not None:
-                now.log.log(step, monitors.summary(watched), kind="monitor")
+            if waiting.watched is not None:
+                now.log.log(step, monitors.summary(waiting.watched), kind="monitor")
             if due(step, config.log_every) or step == config.steps:
                 line = {name: sum(each[name] for each in sums) / len(sums) for name in sums[0]}
                 line["examples_per_second"] = config.batch / line.pop("seconds")
@@ -251,18 +241,7 @@ def train_classifier_run(
             settle=settle,
             evaluate=evaluation,
         )
-        done = step >= config.steps
-        return Outcome(
-            run,
-            now.state,
-            step,
-            stopped_by=None if done else now.stopped[0],
-            data=data,
-            evaluation=evaluation(step) if done else None,
-            model=None
-            if hosts.several()
-            else steps.merge(sharding.on_one_device(averaged(now.state), mesh)),
-        )
+        return ended(now, step, data=data, evaluate=evaluation, merge=steps.merge, mesh=mesh)
 
 
 def batch_of(examples: Examples, config: ClassifierConfig, step: int, rows: slice) -> Examples:

@@ -1,7 +1,5 @@
 """What a run of a solver shows: a table by segment, curves, and grids as they are solved."""
 
-import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +13,8 @@ from jaxrec.training import pondering
 from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.data.puzzle_sources import Look, PuzzleData
 from jaxrec.training.metrics import read
-from jaxrec.training.puzzles import Outcome, PuzzleScores
-from jaxrec.training.runs import versions
+from jaxrec.training.puzzles import PuzzleScores
+from jaxrec.training.running import write_scores
 
 LEGEND = "4 given, .4 filled in, *4 changed in this segment, 4! wrong"
 
@@ -140,17 +138,7 @@ def table(scores: PuzzleScores) -> str:
     return "\n".join(lines)
 
 
-def write_puzzle_report(outcome: Outcome) -> dict[str, Any]:
-    """Writes report.json: the scores of the end, data and versions."""
-    assert outcome.evaluation is not None, "a run that was stopped has nothing to report"
-    report = {
-        "steps": outcome.step,
-        **dataclasses.asdict(outcome.evaluation),
-        "data": outcome.run.data,
-        "versions": versions(),
-    }
-    (outcome.run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+write_puzzle_report = write_scores
 
 
 def plot_puzzle_curves(folder: Path) -> Path | None:

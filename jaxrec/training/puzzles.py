@@ -22,11 +22,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError
 from jaxrec.models.hrm import HRM, Fixed, HRMConfig, Rows, Table
-from jaxrec.training import hosts, monitors, optim, pondering, running, sharding
+from jaxrec.training import monitors, optim, pondering, running, sharding
 from jaxrec.training.config import PuzzleConfig
 from jaxrec.training.data import arc
 from jaxrec.training.data.puzzle_sources import PuzzleData, load_puzzles, made_size
-from jaxrec.training.running import State, averaged, due, open_run, run_folder, run_steps
+from jaxrec.training.running import (
+    Settling,
+    State,
+    all_finite,
+    averaged,
+    due,
+    ended,
+    open_run,
+    run_folder,
+    run_steps,
+    settled,
+)
 from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
 from jaxrec.training.step import cast_matrices, is_matrix, step_key
@@ -153,9 +164,7 @@ def build_puzzle_steps(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh
         ema = state["ema"]
         if decay is not None:  # vectors that few batches read are not averaged
             ema = together(optim.ema_update(parts(ema)[0], trained, decay), table, fixed)
-        healthy = jnp.isfinite(value)
-        for leaf in jax.tree.leaves((trained, table)):
-            healthy &= jnp.all(jnp.isfinite(leaf))
+        healthy = all_finite((value, trained, table))
         new = {
             "params": together(trained, table, fixed),
             "opt_state": opt_state,
@@ -181,14 +190,6 @@ def build_puzzle_steps(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh
         merge=lambda params: nnx.merge(whole, params),
         computing=computing,
     )
-
-
-class Settling(NamedTuple):
-    """A step that the device may still work on."""
-
-    step: int  # updates made after it
-    metrics: dict[str, Array]
-    watched: dict[str, Array] | None  # by the monitors, after the step
 
 
 def train_puzzles(
@@ -252,20 +253,10 @@ def train_puzzles(
             return Settling(step + 1, metrics, watched)
 
         def settle(waiting: Settling) -> None:
-            step, metrics, watched = waiting
-            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not numbers.pop("healthy"):
-                now.checkpoints.wait()
-                good = now.checkpoints.latest_step()
-                kept = "no checkpoint was written yet"
-                raise UserError(
-                    f"Stopped at step {step}: loss {numbers['loss']}, and not all parameters are"
-                    f" finite; {kept if good is None else f'checkpoint {good} is good'}. Lower"
-                    " optimizer.learning_rate, or use precision float32."
-                )
+            step, numbers = waiting.step, settled(now, waiting)
             sums.append(numbers | {"seconds": now.watch.lap()})
-            if watched is not None:
-                now.log.log(step, monitors.summary(watched), kind="monitor")
+            if waiting.watched is not None:
+                now.log.log(step, monitors.summary(waiting.watched), kind="monitor")
             if due(step, config.log_every) or step == config.steps:
                 line = _means(sums, config.batch)
                 sums.clear()
@@ -291,17 +282,13 @@ def train_puzzles(
             settle=settle,
             evaluate=lambda step: evaluation(step, config.eval_puzzles),
         )
-        done = step >= config.steps
-        return Outcome(
-            run,
-            now.state,
+        return ended(
+            now,
             step,
-            stopped_by=None if done else now.stopped[0],
             data=data,
-            evaluation=evaluation(step, FINAL * config.eval_puzzles) if done else None,
-            model=None
-            if hosts.several()
-            else steps.merge(sharding.on_one_device(averaged(now.state), mesh)),
+            evaluate=lambda step: evaluation(step, FINAL * config.eval_puzzles),
+            merge=steps.merge,
+            mesh=mesh,
         )
 
 

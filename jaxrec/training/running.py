@@ -4,26 +4,29 @@ stopping when it is told to.
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
 
 from jaxrec.config import to_dict
 from jaxrec.errors import UserError
-from jaxrec.training import hosts
+from jaxrec.training import hosts, sharding
 from jaxrec.training.checkpoint import Checkpoints, Restored
 from jaxrec.training.data import Tokenizer, prefetch
 from jaxrec.training.lock import locked
 from jaxrec.training.metrics import MetricsLog, truncate_after
 from jaxrec.training.progress import RunProgress
-from jaxrec.training.runs import Run, check_same_run, read_run
+from jaxrec.training.runs import Run, check_same_run, read_run, versions
 
 State = dict[str, Any]
 Batch = TypeVar("Batch")
@@ -89,6 +92,14 @@ class Outcome(Generic[Data, Scores]):
     # With the final parameters, or their running average if there is one; None on several hosts,
     # of which none may have room for it.
     model: Any
+
+
+class Settling(NamedTuple):
+    """A step that the device may still work on."""
+
+    step: int  # updates made after it
+    metrics: dict[str, Array]  # `settled` makes numbers of them
+    watched: dict[str, Array] | None  # by the monitors, after the step
 
 
 def run_folder(runs: Path, name: str | None, model_path: str) -> Path:
@@ -269,6 +280,79 @@ def run_steps(
                 break
     running.checkpoints.wait()
     return step
+
+
+def settled(running: Running, waiting: Settling) -> dict[str, float]:
+    """Waits for a step and gives its metrics, all but `healthy`.
+
+    Raises:
+      UserError: the loss or a parameter was not finite; it says which checkpoint is good.
+    """
+    step, metrics, _ = waiting
+    numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not numbers.pop("healthy"):
+        running.checkpoints.wait()
+        good = running.checkpoints.latest_step()
+        kept = "no checkpoint was written yet" if good is None else f"checkpoint {good} is good"
+        raise UserError(
+            f"Stopped at step {step}: loss {numbers['loss']}, and not all parameters are finite;"
+            f" {kept}. Lower optimizer.learning_rate, or use precision float32."
+        )
+    return numbers
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether no number of any array is infinite or NaN, bool ()."""
+    finite = jnp.ones((), jnp.bool_)
+    for leaf in jax.tree.leaves(tree):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def ended(
+    running: Running,
+    step: int,
+    *,
+    data: Data,
+    evaluate: Callable[[int], Scores],
+    merge: Callable[[Any], Any],
+    mesh: Mesh,
+) -> Outcome[Data, Scores]:
+    """How a run ended that `run_steps` has brought to this step.
+
+    Args:
+      running: the run.
+      step: updates made.
+      data: what it read.
+      evaluate: told the updates made; called if they are all that were wanted.
+      merge: parameters -> model.
+      mesh: where they are.
+    """
+    done = step >= running.run.config.steps
+    evaluation = evaluate(step) if done else None
+    here = None if hosts.several() else sharding.on_one_device(averaged(running.state), mesh)
+    return Outcome(
+        running.run,
+        running.state,
+        step,
+        stopped_by=None if done else running.stopped[0],
+        data=data,
+        evaluation=evaluation,
+        model=None if here is None else merge(here),
+    )
+
+
+def write_scores(outcome: Outcome[Any, Any]) -> dict[str, Any]:
+    """Writes report.json: the scores of the end, data and versions."""
+    assert outcome.evaluation is not None, "a run that was stopped has nothing to report"
+    report = {
+        "steps": outcome.step,
+        **dataclasses.asdict(outcome.evaluation),
+        "data": outcome.run.data,
+        "versions": versions(),
+    }
+    (outcome.run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def averaged(state: State) -> Any:
