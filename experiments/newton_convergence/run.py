@@ -50,7 +50,7 @@ def main() -> None:
         results[part] = PARTS[part](options.smoke)
         minutes = results.setdefault("cpu_minutes", {})
         minutes[part] = round((process_time() - begin) / 60, 1)
-        results["versions"] = versions()
+        results.setdefault("versions", {})[part] = versions()
         if not options.smoke:
             file.write_text(json.dumps(results, indent=1) + "\n")
     if options.smoke:
