@@ -79,6 +79,7 @@ def test_what_the_gradient_keeps():
 
 SCANS = {
     "linear": lambda x: linear_scan(jax.nn.sigmoid(x), x)[0],
+    "complex": lambda x: linear_scan(jax.nn.sigmoid(x), jax.lax.complex(x, x))[0].real,
     "matrix": lambda x: matrix_scan(*[x[:, :, None]] * 3, -(x[:, :, :1] ** 2))[0][:, :, 0],
     "newton": lambda x: newton_scan(
         lambda _, h, x: jnp.tanh(h + x), None, x, x[:, 0], method="newton"
