@@ -226,10 +226,10 @@ def run(parsed: tuple[str, Any]) -> int:
 
 def _conclude_puzzles(outcome: Any, go_on: str) -> None:
     from jaxrec.cli.main import program
-    from jaxrec.training import puzzle_report
+    from jaxrec.training import puzzle_report, running
 
     run, scores = outcome.run, outcome.evaluation
-    puzzle_report.write_puzzle_report(outcome)
+    running.write_scores(outcome)
     print(
         f"\n{scores.puzzles} held-out puzzles ({run.data['source']}) after {outcome.step} steps:\n"
         f"{puzzle_report.table(scores)}"
@@ -245,10 +245,10 @@ def _conclude_puzzles(outcome: Any, go_on: str) -> None:
 
 def _conclude_classifier(outcome: Any, go_on: str) -> None:
     from jaxrec.cli.main import program
-    from jaxrec.training import classifier_report
+    from jaxrec.training import classifier_report, running
 
     run, scores = outcome.run, outcome.evaluation
-    classifier_report.write_classifier_report(outcome)
+    running.write_scores(outcome)
     print(
         f"\n{scores.examples} held-out examples ({run.data['source']}) after {outcome.step} steps:"
         f" {scores}"

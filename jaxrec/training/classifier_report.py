@@ -3,9 +3,6 @@
 from pathlib import Path
 
 from jaxrec.training.metrics import read
-from jaxrec.training.running import write_scores
-
-write_classifier_report = write_scores
 
 
 def plot_classifier_curves(folder: Path) -> Path | None:

@@ -27,7 +27,6 @@ from jaxrec.training.data.examples import NAMES, Examples, LabelledData, load_ex
 from jaxrec.training.running import (
     Settling,
     State,
-    all_finite,
     averaged,
     due,
     ended,
@@ -120,7 +119,7 @@ def build_classifier_steps(
             ema = optim.ema_update(ema, params, decay)
         new = {"params": params, "opt_state": opt_state, "ema": ema, "step": step + 1}
         metrics = {"loss": value, "accuracy": right, "learning_rate": rate(step)}
-        return new, metrics | {"healthy": all_finite((value, params))}
+        return new, metrics | {"healthy": optim.all_finite((value, params))}
 
     def evaluate(
         params: Any, batch: Examples, weights: Array, step_rescale: Array

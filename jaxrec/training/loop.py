@@ -22,7 +22,7 @@ from jaxrec.training.evaluation import (
     measure,
 )
 from jaxrec.training.guard import explain_bad_step
-from jaxrec.training.running import averaged, due, open_run, run_folder, run_steps
+from jaxrec.training.running import averaged, due, ended, open_run, run_folder, run_steps
 from jaxrec.training.runs import Run
 from jaxrec.training.step import build_steps
 
@@ -153,17 +153,13 @@ def train(
             sample=None if sample is None or hosts.several() else write_sample,
             sample_every=config.sample_every,
         )
-        done = step >= config.steps
-        return Outcome(
-            run,
-            now.state,
+        return ended(
+            now,
             step,
-            stopped_by=None if done else now.stopped[0],
             data=data,
-            evaluation=evaluation(step, FINAL * config.eval_batches) if done else None,
-            model=None
-            if hosts.several()
-            else steps.merge(sharding.on_one_device(averaged(now.state), mesh)),
+            evaluate=lambda step: evaluation(step, FINAL * config.eval_batches),
+            merge=steps.merge,
+            mesh=mesh,
         )
 
 

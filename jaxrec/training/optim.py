@@ -269,6 +269,14 @@ def sign_sgd_rows(
     return table.at[read].set(old * (1 - rate * weight_decay) - rate * jnp.sign(total), mode="drop")
 
 
+def all_finite(tree: Any) -> Array:
+    """Whether no number of any array is infinite or NaN, bool ()."""
+    finite = jnp.ones((), jnp.bool_)
+    for leaf in jax.tree.leaves(tree):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
 def ema_update(ema: Params, params: Params, decay: float) -> Params:
     """Returns decay * ema + (1 - decay) * params, leaf by leaf; decay in (0, 1) per step."""
     return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)

@@ -14,7 +14,6 @@ from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.data.puzzle_sources import Look, PuzzleData
 from jaxrec.training.metrics import read
 from jaxrec.training.puzzles import PuzzleScores
-from jaxrec.training.running import write_scores
 
 LEGEND = "4 given, .4 filled in, *4 changed in this segment, 4! wrong"
 
@@ -136,9 +135,6 @@ def table(scores: PuzzleScores) -> str:
     if scores.two_attempts is not None:
         lines.append(f"Two attempts by vote over all variants: {scores.two_attempts:.1%} solved.")
     return "\n".join(lines)
-
-
-write_puzzle_report = write_scores
 
 
 def plot_puzzle_curves(folder: Path) -> Path | None:

@@ -29,7 +29,6 @@ from jaxrec.training.data.puzzle_sources import PuzzleData, load_puzzles, made_s
 from jaxrec.training.running import (
     Settling,
     State,
-    all_finite,
     averaged,
     due,
     ended,
@@ -164,7 +163,7 @@ def build_puzzle_steps(model_config: HRMConfig, config: PuzzleConfig, mesh: Mesh
         ema = state["ema"]
         if decay is not None:  # vectors that few batches read are not averaged
             ema = together(optim.ema_update(parts(ema)[0], trained, decay), table, fixed)
-        healthy = all_finite((value, trained, table))
+        healthy = optim.all_finite((value, trained, table))
         new = {
             "params": together(trained, table, fixed),
             "opt_state": opt_state,

@@ -301,14 +301,6 @@ def settled(running: Running, waiting: Settling) -> dict[str, float]:
     return numbers
 
 
-def all_finite(tree: Any) -> Array:
-    """Whether no number of any array is infinite or NaN, bool ()."""
-    finite = jnp.ones((), jnp.bool_)
-    for leaf in jax.tree.leaves(tree):
-        finite &= jnp.all(jnp.isfinite(leaf))
-    return finite
-
-
 def ended(
     running: Running,
     step: int,

@@ -138,10 +138,7 @@ def build_steps(model_config: LanguageModelConfig, config: TrainConfig, mesh: Me
         ema = state["ema"]
         if config.optimizer.ema_decay is not None:
             ema = optim.ema_update(ema, new_params, config.optimizer.ema_decay)
-        finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
-        for leaf in jax.tree.leaves(new_params):
-            finite &= jnp.all(jnp.isfinite(leaf))
-        healthy = state["healthy"] & finite
+        healthy = state["healthy"] & optim.all_finite((mean_loss, grad_norm, new_params))
         new = {
             "params": new_params,
             "opt_state": opt_state,

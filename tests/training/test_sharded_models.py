@@ -73,8 +73,8 @@ def test_losses_are_those_of_one_device(subject, mesh):
     one, many = trial(subject, "data=1"), trial(subject, mesh)
     assert np.all(np.isfinite(one.losses)) and np.ptp(one.losses) > 0
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
-    # Adam's steps, and so the losses, hide a gradient of the wrong size. On one device, compiled with
-    # other options, GLA's differ by 3.2e-3 and RetNet's by 4e-4: norms of heads that say little.
+    # Adam's steps, and so the losses, hide a gradient of the wrong size. On one device, compiled
+    # with other options, GLA's differ by 3.2e-3 and RetNet's by 4e-4: norms of heads near zero.
     np.testing.assert_allclose(many.gradients, one.gradients, rtol=3e-2)
 
 
