@@ -6,7 +6,8 @@ this table and nothing else.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -118,6 +119,33 @@ def time_axis(steps: int | None = None) -> str | None:
         if name in LOGICAL_TO_MESH["time"] and size > 1 and kind == AxisType.Auto:
             return None if steps is not None and steps % size else str(name)
     return None
+
+
+def over_rows(run: Callable[..., Any], rows: jax.Array, *shared: jax.Array) -> Any:
+    """run(rows, *shared), by each device for its own rows of the batch where the current mesh
+    splits them evenly; every array that comes out has the rows in front.
+
+    For what XLA cannot split: of a Fourier transform it gathers all rows on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if name in LOGICAL_TO_MESH["batch"] and kind == AxisType.Auto and size > 1
+    }
+    if not sizes or rows.shape[0] % math.prod(sizes.values()):
+        return run(rows, *shared)
+    split = PartitionSpec(tuple(sizes))
+    mapped = jax.shard_map(
+        run,
+        in_specs=(split, *(PartitionSpec() for _ in shared)),
+        out_specs=split,
+        axis_names=set(sizes),
+        check_vma=False,
+    )
+    return jax.jit(mapped)(
+        rows, *shared
+    )  # only a compiled shard_map may leave axes to the compiler
 
 
 def merge_leading(x: jax.Array, kept: int) -> jax.Array:

@@ -10,7 +10,6 @@ layers (2021), arXiv:2110.13985.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least
-from jaxrec.layers.axes import time_axis
+from jaxrec.layers.axes import over_rows, time_axis
 from jaxrec.layers.ssm import (
     View,
     check_one_step,
@@ -129,10 +128,17 @@ class LSSL(nnx.Module):
             output, wide = self.output[...].astype(jnp.float32), x.astype(jnp.float32)
             if convolves("LSSL", method, state, reset):
                 axis = time_axis(x.shape[1])
-                conv = dense_conv if axis is None else partial(sharded_dense_conv, axis=axis)
-                y, last = conv(a_bar, b_bar, output, wide)
+                if axis is None:
+                    y, last = over_rows(_conv, wide, a_bar, b_bar, output)
+                else:
+                    y, last = sharded_dense_conv(a_bar, b_bar, output, wide, axis=axis)
             else:
                 state = start("LSSL", state, x, self.init_state(x.shape[0]))
                 y, last = dense_scan(a_bar, b_bar, output, wide, state, reset)
             y = y + self.skip[...].astype(jnp.float32)[None, None] * wide[..., None]
             return y.astype(x.dtype), last
+
+
+def _conv(u: Array, a_bar: Array, b_bar: Array, output: Array) -> tuple[Array, Array]:
+    """`dense_conv`, the rows in front."""
+    return dense_conv(a_bar, b_bar, output, u)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrec.config import at_least, one_of
-from jaxrec.layers.axes import time_axis
+from jaxrec.layers.axes import over_rows, time_axis
 from jaxrec.layers.scan import scan_over_time
 from jaxrec.layers.ssm import (
     View,
@@ -149,8 +149,8 @@ class S4D(nnx.Module):
                 else:
                     # A mode that is gone after one step has no logarithm; this one is gone too.
                     log_decay = jnp.log(jnp.where(decay == 0, 1e-30, decay))
-                kernel = diagonal_kernel(log_decay, output * gain, x.shape[1])
-                y = fft_conv(wide, 2 * jnp.real(kernel))
+                # The kernel is made by each device: it is longer than what it is made of.
+                y = over_rows(_conv, wide, log_decay, output * gain)
                 last = diagonal_last_state(log_decay, gain, wide)
             else:
                 state = start("S4D", state, x, self.init_state(x.shape[0]))
@@ -159,3 +159,8 @@ class S4D(nnx.Module):
                 y = 2 * jnp.real(jnp.einsum("dn,btdn->btd", output, states))
             y = y + self.skip[...].astype(jnp.float32)[None, None] * wide
             return y.astype(x.dtype), last
+
+
+def _conv(u: Array, log_decay: Array, weight: Array) -> Array:
+    """The convolutional view: u (b t d) with the kernel 2 Re sum_n weight exp(j log_decay)."""
+    return fft_conv(u, 2 * jnp.real(diagonal_kernel(log_decay, weight, u.shape[1])))

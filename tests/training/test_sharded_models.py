@@ -39,8 +39,9 @@ QUICK = {("huginn", "data=2,model=4"), ("linear_rnn", "data=2,seq=4")}
 SEES_ALL_OF_TIME = {
     # Softmax attention gathers keys and values over "seq", see docs/scaling.md.
     *("huginn", "universal_transformer", "recurrentgemma", "prefix_linear"),
-    # Left to the compiler over "seq": cells that mix all channels step by step, and `mark_scan`.
-    *("TINY_SLSTM", "plstm"),
+    # Left to the compiler over "seq": cells that mix all channels step by step, the scan of LSSL,
+    # which documents in a row need, and `mark_scan`.
+    *("TINY_SLSTM", "TINY_LSSL", "plstm"),
     # The length of a puzzle, the patches of an image and the nodes of a graph are not split.
     *("hrm", "vit", "plstm_vision", "graph_classifier"),
 }
