@@ -10,8 +10,6 @@ TRAIN := jaxrec.models.huginn:TINY --data python-docs --steps 220 --optimizer.le
 PARALLEL := -n auto --maxprocesses 4
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-# On Linux, memory in huge pages: part of a training step on CPU is page faults otherwise.
-train bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help venv train test lint bench notebooks peers
 

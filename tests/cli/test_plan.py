@@ -84,7 +84,7 @@ def test_seven_billion_parameters_on_512_devices_are_planned_on_a_laptop():
     argv = "jaxrec.models.xlstm:XLSTM_7B --mesh data=16,fsdp=32 --precision bfloat16 --time 4096"
     command = [sys.executable, "-m", "jaxrec.cli.main", "plan", *argv.split()]
     # As a user runs it: none of the flags of the tests, and nothing compiled before.
-    flags = ("XLA_FLAGS", "GLIBC_TUNABLES")  # huge pages take more memory than is asked for
+    flags = ("XLA_FLAGS", "GLIBC_TUNABLES")  # of which huge pages take more than is asked for
     environment = {name: value for name, value in os.environ.items() if name not in flags}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     options = ["--batch", "512", "--json"]
