@@ -290,11 +290,16 @@ def _blocked(
     if mask is None:
         mask = jnp.ones((time, source), jnp.bool_)[None]
         mask = jnp.tril(mask) if causal else mask
-    # Heads before time, so that each product is a plain matrix product per head. No axis of size 1
-    # where no head is shared: sums of products beside one take XLA on CPU ten times as long.
-    per_key = () if heads == groups else (heads // groups,)
-    bias = jnp.where(mask, 0.0, HIDDEN).reshape(-1, 1, *(1 for _ in per_key), time, source)
-    q = jnp.swapaxes(q, 1, 2).reshape(batch, groups, *per_key, time, width)
+    bias = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
+    # Heads before time, so that each product is a plain matrix product per head.
+    q = q.reshape(batch, time, groups, heads // groups, width)
+    q = jnp.transpose(q, (0, 2, 3, 1, 4))
+    # Sums of products beside an axis of size 1 take XLA on CPU ten times as long, but where there is
+    # a cache it is the other way round.
+    no_axis = heads == groups and time == source > 1
+    if no_axis:
+        q, bias = q[:, :, 0], bias[:, 0]
+    of_heads = "bg" if no_axis else "bgh"
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     # Only where nothing was cached before (t = s) do positions in q and k agree.
     halved = causal and time == source and time >= 16 * BLOCKS
@@ -306,7 +311,7 @@ def _blocked(
         if blocks > 1:
             seen = slice(0 if window is None else max(0, begin - window + 1), end)
         scores = jnp.einsum(
-            "bg...tk,bgsk->bg...ts",
+            f"{of_heads}tk,bgsk->{of_heads}ts",
             q[..., begin:end, :],
             k[:, :, seen],
             preferred_element_type=jnp.float32,
@@ -314,11 +319,12 @@ def _blocked(
         scores = scores * width**-0.5 + bias[..., begin:end, seen]
         weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         y = jnp.einsum(
-            "bg...ts,bgsk->bg...tk",
+            f"{of_heads}ts,bgsk->{of_heads}tk",
             weights.astype(v.dtype),
             v[:, :, seen],
             preferred_element_type=jnp.float32,
         )
         parts.append(y / jnp.sum(weights, axis=-1, keepdims=True))
-    y = jnp.concatenate(parts, axis=-2).reshape(batch, heads, time, width)
-    return jnp.swapaxes(y, 1, 2).astype(q.dtype)
+    y = jnp.concatenate(parts, axis=-2)
+    y = jnp.transpose(y[:, :, None] if no_axis else y, (0, 3, 1, 2, 4))
+    return y.reshape(batch, time, heads, width).astype(q.dtype)
