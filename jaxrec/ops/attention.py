@@ -294,8 +294,8 @@ def _blocked(
     # Heads before time, so that each product is a plain matrix product per head.
     q = q.reshape(batch, time, groups, heads // groups, width)
     q = jnp.transpose(q, (0, 2, 3, 1, 4))
-    # Sums of products beside an axis of size 1 take XLA on CPU ten times as long, but where there is
-    # a cache it is the other way round.
+    # Sums of products beside an axis of size 1 take XLA on CPU ten times as long, but where there
+    # is a cache it is the other way round.
     no_axis = heads == groups and time == source > 1
     if no_axis:
         q, bias = q[:, :, 0], bias[:, 0]
