@@ -37,7 +37,7 @@ from jaxrec.layers.prefix_linear_attention import PrefixLinearAttention
 from jaxrec.layers.recurrent_lm import Unlooped
 from jaxrec.layers.residual import ResidualBlock
 from jaxrec.ops import attention, notes, segments
-from jaxrec.ops.depth import RematPolicy
+from jaxrec.ops.depth import RematPolicy, remat_step
 
 Mixer = Literal["conv", "linear", "attention"]
 
@@ -218,7 +218,7 @@ class PrefixLM(nnx.Module):
             most one document of a row may have one.
           segment_ids: int (b t) >= 0; where the id changes a document begins that sees nothing of
             the one before. None: the last segment goes on.
-          remat: what the gradient stores; anything but "none" computes each block again.
+          remat: what the gradient stores, see `ops.depth.remat_step`; a step is a block.
 
         Returns:
           Logits (b t vocab), float32, and the next state.
@@ -243,9 +243,7 @@ class PrefixLM(nnx.Module):
                 options = {"view": view, "slot": slot}
             elif mixer == "linear":
                 options["prefix"] = prefix
-            run: Any = functools.partial(_run, **options)
-            if remat != "none":
-                run = jax.checkpoint(run)
+            run: Any = remat_step(functools.partial(_run, **options), remat=remat)
             if mixer == "attention":
                 x, cache = run(block, x, cache)
                 slot += 1

@@ -32,7 +32,7 @@ from jaxrec.layers.recurrent_lm import Unlooped
 from jaxrec.layers.residual import ResidualBlock
 from jaxrec.layers.rglru import RecurrentBlock, RecurrentState
 from jaxrec.ops import attention, notes, rotary, segments
-from jaxrec.ops.depth import RematPolicy, remat_scan
+from jaxrec.ops.depth import RematPolicy, remat_scan, remat_step
 
 Mixer = Literal["recurrent", "attention"]
 
@@ -353,7 +353,7 @@ class RecurrentGemma(nnx.Module):
                     body, (x, cache, slot), (self.groups, groups), remat=remat
                 )
             if self.tail is not None:
-                last = body if remat == "none" else jax.checkpoint(body)
+                last = remat_step(body, remat=remat)
                 (x, cache, slot), tail = last((x, cache, slot), (self.tail, tail))
         if state is None or cache is None:
             return x, None

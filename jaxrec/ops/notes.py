@@ -66,12 +66,10 @@ def collect(
     """
 
     def run(*args: Any, **options: Any) -> tuple[Any, dict[str, dict[str, Array]]]:
-        page = _Page(reducers)
-        with _on(page):
-            result = function(*args, **options)
+        result, found = _apart(function, _Page(reducers))(*args, **options)
         joined = {
             name: jax.tree.map(lambda *each: jnp.concatenate(each), *entries)
-            for name, entries in page.found.items()
+            for name, entries in found.items()
         }
         return result, joined
 
@@ -91,10 +89,8 @@ def through(
         return body, lambda ys: ys
 
     def noting(carry: Any, x: Any) -> tuple[Any, tuple[Any, Found]]:
-        inside = _Page(page.reducers)
-        with _on(inside):
-            carry, y = body(carry, x)
-        return carry, (y, inside.found)
+        (carry, y), found = _apart(body, page)(carry, x)
+        return carry, (y, found)
 
     def settle(ys: tuple[Any, Found]) -> Any:
         rest, found = ys
@@ -104,6 +100,39 @@ def through(
         return rest
 
     return noting, settle
+
+
+def around(
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`transform(function)`, handing on what the function notes: for `jax.checkpoint` and others
+    that let only results out.
+    """
+    page = _page.get()
+    if page is None:
+        return transform(function)
+    transformed = transform(_apart(function, page))
+
+    def run(*args: Any, **options: Any) -> Any:
+        result, found = transformed(*args, **options)
+        for name, entries in found.items():
+            for entry in entries:
+                page.add(name, entry)
+        return result
+
+    return run
+
+
+def _apart(function: Callable[..., Any], page: _Page) -> Callable[..., tuple[Any, Found]]:
+    """The function with its notes, as the page reduces them, beside its result."""
+
+    def run(*args: Any, **options: Any) -> tuple[Any, Found]:
+        inside = _Page(page.reducers)
+        with _on(inside):
+            result = function(*args, **options)
+        return result, inside.found
+
+    return run
 
 
 def silently(function: Callable[..., Any]) -> Callable[..., Any]:

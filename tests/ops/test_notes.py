@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrec.ops import notes
-from jaxrec.ops.depth import iterate, remat_scan
+from jaxrec.ops.depth import iterate, remat_scan, remat_step
 from jaxrec.ops.depth.remat import REMAT_POLICIES
 
 
@@ -46,6 +46,22 @@ def test_notes_of_nested_loops_come_in_order(remat):
     np.testing.assert_allclose(np.sort(found["outer"]["sum"]), np.sort(outer))
     np.testing.assert_allclose(end, value)
     np.testing.assert_allclose(ys, [1, 2, 3])
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_notes_of_a_single_step_that_is_computed_again(remat):
+    def step(x):
+        notes.note("x", x)
+        notes.note("x", 2 * x)
+        return jnp.sin(x)
+
+    def loss(x):
+        return jnp.sum(remat_step(step, remat=remat)(x))
+
+    gradient = jax.grad(lambda x: notes.collect(loss, {"x": size})(x), has_aux=True)
+    slope, found = jax.jit(gradient)(jnp.ones(2))
+    np.testing.assert_allclose(found["x"]["sum"], [2, 4])
+    np.testing.assert_allclose(slope, np.cos(np.ones(2)), rtol=1e-6)
 
 
 def test_without_a_reader_the_program_is_the_same():

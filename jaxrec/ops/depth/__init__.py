@@ -1,6 +1,6 @@
 """Recurrences in depth."""
 
 from jaxrec.ops.depth.iterate import IterateInfo, iterate
-from jaxrec.ops.depth.remat import RematPolicy, remat_scan
+from jaxrec.ops.depth.remat import RematPolicy, remat_scan, remat_step
 
-__all__ = ["IterateInfo", "RematPolicy", "iterate", "remat_scan"]
+__all__ = ["IterateInfo", "RematPolicy", "iterate", "remat_scan", "remat_step"]

@@ -4,8 +4,9 @@ Chen et al., Training deep nets with sublinear memory cost (2016), arXiv:1604.06
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxrec.ops import notes
 from jaxrec.ops.kept import PRODUCTS_AND_KEPT
 
 RematPolicy = Literal["none", "dots", "block", "sqrt"]
+T = TypeVar("T")
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
 
 
@@ -67,11 +69,36 @@ def remat_scan(
     Raises:
       ValueError: the policy is unknown.
     """
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+    _check(remat)
     body, settle = notes.through(body)
     carry, ys = _scan(body, carry, xs, length, remat)
     return carry, settle(ys)
+
+
+def remat_step(step: Callable[..., T], *, remat: RematPolicy) -> Callable[..., T]:
+    """`step` as one step of a `remat_scan`, for steps that no scan can hold.
+
+    Args:
+      step: a function of pytrees.
+      remat: as of `remat_scan`; "sqrt" is "block" here, a stretch of one.
+
+    Raises:
+      ValueError: the policy is unknown.
+    """
+    _check(remat)
+    if remat == "none":
+        return step
+    return notes.around(functools.partial(jax.checkpoint, policy=_policy(remat)), step)
+
+
+def _check(remat: RematPolicy) -> None:
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+
+
+def _policy(remat: RematPolicy) -> Callable[..., Any] | None:
+    """What a step keeps besides its inputs, as `jax.checkpoint` has it."""
+    return PRODUCTS_AND_KEPT if remat == "dots" else None
 
 
 def _scan(
@@ -88,9 +115,8 @@ def _scan(
     assert steps is not None, "remat_scan needs xs or length"
     if remat == "none":
         return lax.scan(body, carry, xs, length=steps)
-    keep = PRODUCTS_AND_KEPT if remat == "dots" else None
     # The loop already keeps XLA from merging the recomputation with the first pass.
-    one_step = jax.checkpoint(body, prevent_cse=False, policy=keep)
+    one_step = jax.checkpoint(body, prevent_cse=False, policy=_policy(remat))
     stretch = max(1, int(steps**0.5))
     if remat != "sqrt" or stretch == 1:
         return lax.scan(one_step, carry, xs, length=steps)

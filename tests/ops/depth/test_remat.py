@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.ops.depth import remat_scan
+from jaxrec.ops.depth import remat_scan, remat_step
 from jaxrec.ops.depth.remat import REMAT_POLICIES, Apart
 from jaxrec.ops.newton import newton_scan
 from jaxrec.ops.time import linear_scan, matrix_scan, selective_scan
@@ -123,5 +123,23 @@ def test_no_steps(remat):
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(ValueError, match=r"remat must be one of .*got 'full'"):
-        remat_scan(body, *inputs(), remat="full")
+    for call in (remat_scan, lambda body, *_, remat: remat_step(body, remat=remat)):
+        with pytest.raises(ValueError, match=r"remat must be one of .*got 'full'"):
+            call(body, *inputs(), remat="full")
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_a_step_of_its_own_keeps_what_a_step_of_a_scan_does(remat):
+    def layer(x, w):
+        return jnp.tanh(jnp.sin(x @ w) @ w)
+
+    def products(step):
+        def loss(w, x):
+            return jnp.sum(step(x, w))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 3)), jnp.ones((2, 3)))).count(
+            "dot_general"
+        )
+
+    again = 0 if remat in ("none", "dots") else 2
+    assert products(remat_step(layer, remat=remat)) == products(layer) + again
