@@ -9,6 +9,8 @@ and whether executions share slots, so that memory does not grow with depth:
     full, skip         such a token is not seen
     latest, available  its deepest slot of the same block that is not deeper than the one asked for
     always-last        if any token seen lacks the slot: of every token the deepest of that block
+    randomized         of every token one of those of that block up to the one asked for, drawn for
+                       each execution and token, the same in every run: what a strategy must beat
 
     s<n>     slot e mod n: a ring; n = r keeps the last loop only
     r<n>     slot e div n: n executions in a row overwrite each other
@@ -30,7 +32,7 @@ from jax import Array, lax
 
 from jaxrec.ops import attention
 
-Lookup = Literal["full", "skip", "latest", "available", "always-last"]
+Lookup = Literal["full", "skip", "latest", "available", "always-last", "randomized"]
 Fold = Literal["none", "ring", "merge", "anchor"]
 Extend = Callable[
     [attention.KVCache, Array, Array, Array, attention.View],
@@ -219,7 +221,16 @@ def core_extend(cache: DepthCache, keep: Array | None = None) -> Extend:
         else:
             shallower = slot - layout.core * ((slot - held) // layout.core + 1)
             source = jnp.where(present, slot, shallower)
+            if layout.lookup == "randomized":
+                source = _drawn(source, layout.core, execution, view.start)
         k, v = attention.gather(kv, layout.prelude + jnp.maximum(source, 0))
         return kv, k, v, view._replace(mask=view.mask & (source >= 0)[:, None])
 
     return extend
+
+
+def _drawn(deepest: Array, core: int, execution: Array, start: Array) -> Array:
+    """A slot of the same block, at most as deep, for each of deepest (b s); below 0 is none."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), execution), start)
+    loop = jax.random.randint(key, deepest.shape, 0, jnp.maximum(deepest // core, 0) + 1)
+    return jnp.where(deepest < 0, deepest, deepest % core + core * loop)

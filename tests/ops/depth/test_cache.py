@@ -101,6 +101,35 @@ def test_every_token_gives_what_a_dictionary_would(strategy):
                     np.testing.assert_array_equal(v[row, token], 100 * token + source)
 
 
+def test_a_random_slot_is_of_the_same_block_and_not_deeper_and_the_same_in_every_run():
+    layout = Layout.of("randomized", PRELUDE, CORE, CODA)
+    capacity, execution = 64, 3 * CORE + 1
+    begun = cache.init_cache(layout, 4, 1, capacity, 1, 1, jnp.dtype("float32"))
+    # Keys are the executions that wrote them, or would have: of three loops, of one and of none.
+    written = jnp.arange(begun.kv.k.shape[0], dtype=jnp.float32) - PRELUDE
+    kv = begun.kv._replace(
+        k=jnp.broadcast_to(written[:, None, None, None, None], begun.kv.k.shape),
+        segment=jnp.where(jnp.arange(capacity)[None] < capacity - 1, 1, -1),
+        position=jnp.full(1, capacity - 1),
+        length=jnp.int32(capacity - 1),
+    )
+    loops = jnp.array([[3] * 40 + [1] * 20 + [0] * 4])
+    view, opened = cache.open_view(cache.DepthCache(kv, loops, layout), (1, 1))
+    new = jnp.full((1, 1, 1, 1), execution, jnp.float32)
+
+    def read():
+        _, k, _, seen = cache.core_extend(opened)(
+            opened.kv, jnp.asarray(execution, jnp.int32), new, new, view
+        )
+        return np.asarray(k)[0, :, 0, 0], seen.mask[0, 0]
+
+    k, mask = read()
+    assert set(k[:40]) == {1, CORE + 1, 2 * CORE + 1}
+    assert set(k[40:60]) == {1} and k[-1] % CORE == 1 and k[-1] <= execution
+    np.testing.assert_array_equal(mask, [True] * 60 + [False] * 3 + [True])
+    np.testing.assert_array_equal(read()[0], k)
+
+
 def test_rows_that_do_not_keep_leave_what_they_have():
     layout = Layout.of("latest-compress-s3", PRELUDE, CORE, CODA)
     begun = cache.init_cache(layout, 4, 2, 3, 1, 2, jnp.dtype("float32"))
