@@ -6,6 +6,7 @@ goes on as if it had not been.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -25,15 +26,14 @@ from jaxrec.training.classification import check_examples, numbers, optimizer_fo
 from jaxrec.training.config import ClassifierConfig
 from jaxrec.training.data.examples import NAMES, Examples, LabelledData, load_examples
 from jaxrec.training.running import (
-    Settling,
     State,
     averaged,
-    due,
     ended,
     open_run,
     run_folder,
     run_steps,
-    settled,
+    settling,
+    updating,
 )
 from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
@@ -191,32 +191,6 @@ def train_classifier_run(
         return batch_of(data.train, config, step, rows)
 
     with open_run(run, steps, resume=resume, start=start, stream=stream) as now:
-        sums: list[dict[str, float]] = []  # of the steps since the last line
-
-        def update(step: int, host_batch: Examples) -> Settling:
-            batch = sharding.put_rows(host_batch, mesh)
-            now.state, metrics = steps.train(now.state, batch)
-            watched = None
-            if monitor is not None and due(step + 1, config.monitor_every):
-                watched = monitor(now.state["params"], batch)
-            return Settling(step + 1, metrics, watched)
-
-        def settle(waiting: Settling) -> None:
-            step, values = waiting.step, settled(now, waiting)
-            sums.append(values | {"seconds": now.watch.lap()})
-            if waiting.watched is not None:
-                now.log.log(step, monitors.summary(waiting.watched), kind="monitor")
-            if due(step, config.log_every) or step == config.steps:
-                line = {name: sum(each[name] for each in sums) / len(sums) for name in sums[0]}
-                line["examples_per_second"] = config.batch / line.pop("seconds")
-                sums.clear()
-                now.log.log(step, line)
-                now.progress.update(
-                    step,
-                    loss=line["loss"],
-                    accuracy=line["accuracy"],
-                    examples_per_second=line["examples_per_second"],
-                )
 
         def evaluation(step: int) -> ClassifierScores:
             params = averaged(now.state)
@@ -236,11 +210,21 @@ def train_classifier_run(
             now,
             batches,
             rows=sharding.host_rows(config.batch, mesh),
-            update=update,
-            settle=settle,
+            update=updating(now, steps.train, monitor, lambda rows: sharding.put_rows(rows, mesh)),
+            settle=settling(now, functools.partial(_means, batch=config.batch), _shown),
             evaluate=evaluation,
         )
         return ended(now, step, data=data, evaluate=evaluation, merge=steps.merge, mesh=mesh)
+
+
+def _means(steps: list[dict[str, float]], batch: int) -> dict[str, float]:
+    """Means over steps, and how many examples were read in a second."""
+    line = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return line | {"examples_per_second": batch / line.pop("seconds")}
+
+
+def _shown(line: dict[str, float]) -> dict[str, float]:
+    return {name: line[name] for name in ("loss", "accuracy", "examples_per_second")}
 
 
 def batch_of(examples: Examples, config: ClassifierConfig, step: int, rows: slice) -> Examples:

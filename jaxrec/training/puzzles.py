@@ -8,6 +8,7 @@ Wang et al., Hierarchical reasoning model (2025), arXiv:2506.21734, section 2 an
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -27,15 +28,14 @@ from jaxrec.training.config import PuzzleConfig
 from jaxrec.training.data import arc
 from jaxrec.training.data.puzzle_sources import PuzzleData, load_puzzles, made_size
 from jaxrec.training.running import (
-    Settling,
     State,
     averaged,
-    due,
     ended,
     open_run,
     run_folder,
     run_steps,
-    settled,
+    settling,
+    updating,
 )
 from jaxrec.training.runs import Run, read_run, trained_model
 from jaxrec.training.sharding import OnMesh
@@ -241,31 +241,6 @@ def train_puzzles(
     )
     batches = data.batches(config.batch, config.seed, config.data.epochs)
     with open_run(run, steps, resume=resume, start=start, stream=stream) as now:
-        sums: list[dict[str, float]] = []  # of the steps since the last line
-
-        def update(step: int, host_rows: Rows[np.ndarray]) -> Settling:
-            rows = _put(host_rows, mesh)
-            now.state, metrics = steps.train(now.state, rows)
-            watched = None
-            if monitor is not None and due(step + 1, config.monitor_every):
-                watched = monitor(now.state["params"], rows)
-            return Settling(step + 1, metrics, watched)
-
-        def settle(waiting: Settling) -> None:
-            step, numbers = waiting.step, settled(now, waiting)
-            sums.append(numbers | {"seconds": now.watch.lap()})
-            if waiting.watched is not None:
-                now.log.log(step, monitors.summary(waiting.watched), kind="monitor")
-            if due(step, config.log_every) or step == config.steps:
-                line = _means(sums, config.batch)
-                sums.clear()
-                now.log.log(step, line)
-                now.progress.update(
-                    step,
-                    loss=line["loss"],
-                    solved=line.get("exact_accuracy"),
-                    puzzles_per_second=line["puzzles_per_second"],
-                )
 
         def evaluation(step: int, puzzles: int) -> PuzzleScores:
             scores = score(steps, averaged(now.state), data, config.batch, mesh, puzzles=puzzles)
@@ -277,8 +252,8 @@ def train_puzzles(
             now,
             batches,
             rows=sharding.host_rows(config.batch, mesh),
-            update=update,
-            settle=settle,
+            update=updating(now, steps.train, monitor, lambda rows: _put(rows, mesh)),
+            settle=settling(now, functools.partial(_means, batch=config.batch), _shown),
             evaluate=lambda step: evaluation(step, config.eval_puzzles),
         )
         return ended(
@@ -440,3 +415,11 @@ def _means(steps: list[dict[str, float]], batch: int) -> dict[str, float]:
         "halted": count / len(steps),
     }
     return means | ({name: total / count for name, total in sums.items()} if count else {})
+
+
+def _shown(line: dict[str, float]) -> dict[str, float | None]:
+    return {
+        "loss": line["loss"],
+        "solved": line.get("exact_accuracy"),
+        "puzzles_per_second": line["puzzles_per_second"],
+    }

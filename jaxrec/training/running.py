@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxrec.config import to_dict
 from jaxrec.errors import UserError
-from jaxrec.training import hosts, sharding
+from jaxrec.training import hosts, monitors, sharding
 from jaxrec.training.checkpoint import Checkpoints, Restored
 from jaxrec.training.data import Tokenizer, prefetch
 from jaxrec.training.lock import locked
@@ -98,7 +98,7 @@ class Settling(NamedTuple):
     """A step that the device may still work on."""
 
     step: int  # updates made after it
-    metrics: dict[str, Array]  # `settled` makes numbers of them
+    metrics: dict[str, Array]
     watched: dict[str, Array] | None  # by the monitors, after the step
 
 
@@ -282,7 +282,61 @@ def run_steps(
     return step
 
 
-def settled(running: Running, waiting: Settling) -> dict[str, float]:
+def updating(
+    running: Running,
+    train: Callable[[State, Any], tuple[State, dict[str, Array]]],
+    monitor: Callable[[Any, Any], dict[str, Array]] | None,
+    put: Callable[[Any], Any],
+) -> Callable[[int, Any], Settling]:
+    """The `update` of `run_steps` for steps that are a function of the state and a batch.
+
+    Args:
+      running: the run.
+      train: (state, batch) -> the next state and metrics; consumes the state.
+      monitor: (params, batch) -> what is watched every `monitor_every` steps, or None.
+      put: a batch on the host -> the same on the mesh.
+    """
+
+    def update(step: int, host_batch: Any) -> Settling:
+        batch = put(host_batch)
+        running.state, metrics = train(running.state, batch)
+        watched = None
+        if monitor is not None and due(step + 1, running.run.config.monitor_every):
+            watched = monitor(running.state["params"], batch)
+        return Settling(step + 1, metrics, watched)
+
+    return update
+
+
+def settling(
+    running: Running,
+    means: Callable[[list[dict[str, float]]], dict[str, float]],
+    shown: Callable[[dict[str, float]], dict[str, Any]],
+) -> Callable[[Settling], None]:
+    """The `settle` of `run_steps` that goes with `updating`: logs a line every `log_every` steps.
+
+    Args:
+      running: the run.
+      means: metrics of each step since the last line, and its seconds -> the line.
+      shown: line -> what progress shows of it.
+    """
+    config, since = running.run.config, []
+
+    def settle(waiting: Settling) -> None:
+        step = waiting.step
+        since.append(_settled(running, waiting) | {"seconds": running.watch.lap()})
+        if waiting.watched is not None:
+            running.log.log(step, monitors.summary(waiting.watched), kind="monitor")
+        if due(step, config.log_every) or step == config.steps:
+            line = means(since)
+            since.clear()
+            running.log.log(step, line)
+            running.progress.update(step, **shown(line))
+
+    return settle
+
+
+def _settled(running: Running, waiting: Settling) -> dict[str, float]:
     """Waits for a step and gives its metrics, all but `healthy`.
 
     Raises:
