@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxrec.ops.kept import kept
-from jaxrec.ops.newton import checks
+from jaxrec.ops.newton import checks, fused
 from jaxrec.ops.newton import structure as structures
 from jaxrec.ops.newton.adjoint import pull_back
 from jaxrec.ops.newton.checks import Method
@@ -40,7 +40,7 @@ from jaxrec.ops.newton.plan import (
 from jaxrec.ops.newton.structure import Kind, Step
 
 SHORTEST_FOR_NEWTON = 32  # shorter sequences "auto" runs step by step on accelerators too
-ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
+ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16, "pallas": 16}
 SLOW_ITERATIONS = 64  # of methods that converge linearly
 
 
@@ -148,13 +148,14 @@ def newton_scan(
             structures.check_analytic(analytic, structure, step, params, h0, one)
     iterations = ITERATIONS.get(method, SLOW_ITERATIONS) if max_iters is None else max_iters
     split, floats, others = Split.of(params, x)
+    default_window = fused.DEFAULT_WINDOW if method == "pallas" else DEFAULT_WINDOW
     plan = Plan(
         step=step,
         analytic=analytic,
         structure=structure,
         split=split,
         method=method,
-        window=time if is_sharded else min(window or DEFAULT_WINDOW, time),
+        window=time if is_sharded else min(window or default_window, time),
         axis=axis,
         rules=Rules(
             max_iters=iterations,
@@ -166,6 +167,8 @@ def newton_scan(
             safeguard=safeguard,
         ),
     )
+    if method == "pallas":
+        (fused.check if check else fused.cell)(plan, params, x, h0)
     if guess is not None:
         guess = lax.stop_gradient(guess.astype(h0.dtype))
     arguments = (floats, (*others, reset, guess), h0)
@@ -256,6 +259,8 @@ def _evaluate(
 ) -> tuple[Array, NewtonInfo]:
     sequential = functools.partial(_sequential, plan, line=line)
     newton = functools.partial(_newton, plan, line=line)
+    if plan.method == "pallas":
+        return fused.newton(plan, floats, others, h0)
     if plan.method == "auto":
         time = jax.tree.leaves((floats[1], others[1]))[0].shape[1]
         return lax.platform_dependent(
