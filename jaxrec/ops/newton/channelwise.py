@@ -8,6 +8,7 @@ kind of kernel has.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def channelwise(jaxpr: Any, constants: Sequence[Any]) -> Callable[[Sequence[Tile
 
         def read(atom: Any) -> Tiles:
             if isinstance(atom, jax.extend.core.Literal):
-                return _numbers(np.asarray(atom.val, atom.aval.dtype))
+                return _numbers(np.asarray(atom.val, jnp.result_type(atom.aval)))
             return values[atom]
 
         for equation in jaxpr.eqns:
@@ -123,7 +124,9 @@ def _one(operation: Callable[..., Any], entries: Sequence[Any], options: dict[st
         with jax.ensure_compile_time_eval():
             return np.asarray(operation(*map(jnp.asarray, entries), **options))[()]
     shape = np.broadcast_shapes(*(jnp.shape(x) for x in entries))
-    alike = [lax.full(shape, x, x.dtype) if isinstance(x, np.generic) else x for x in entries]
+    alike = [
+        jnp.full(shape, x.item(), x.dtype) if isinstance(x, np.generic) else x for x in entries
+    ]
     return operation(*alike, **options)
 
 
@@ -147,7 +150,9 @@ def _product(left: Tiles, right: Tiles, *, dimension_numbers: Any, **_: Any) -> 
     summed = [next(letters) for _ in of_left]
 
     def names(x: Tiles, own_batch: Any, own_summed: Any) -> list[int]:
-        found = dict(zip(own_batch, batch, strict=True)) | dict(zip(own_summed, summed, strict=True))
+        found = dict(zip(own_batch, batch, strict=True)) | dict(
+            zip(own_summed, summed, strict=True)
+        )
         return [found[i] if i in found else next(letters) for i in range(x.ndim)]
 
     left_names = names(left, batch_left, of_left)
@@ -172,13 +177,12 @@ def _product(left: Tiles, right: Tiles, *, dimension_numbers: Any, **_: Any) -> 
 
 def _folded(operation: Callable[[Any, Any], Any]) -> Callable[..., Tiles]:
     def fold(x: Tiles, *, axes: Any, **_: Any) -> Tiles:
-        moved = np.moveaxis(x, axes, range(len(axes)))
-        rest = moved.shape[len(axes) :]
-        total, *others = moved.reshape(-1, *rest)
+        rest = tuple(size for i, size in enumerate(x.shape) if i not in axes)
+        first, *others = np.moveaxis(x, axes, range(len(axes))).reshape(-1, math.prod(rest))
+        total = list(first)
         for other in others:
-            pairs = zip(np.ravel(total), np.ravel(other), strict=True)
-            total = tiles([_one(operation, pair, {}) for pair in pairs], rest)
-        return total if isinstance(total, np.ndarray) else tiles([total], rest)
+            total = [_one(operation, pair, {}) for pair in zip(total, other, strict=True)]
+        return tiles(total, rest)
 
     return fold
 

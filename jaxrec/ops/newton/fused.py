@@ -150,7 +150,9 @@ def check(plan: Plan, params: Any, x: Any, h0: Array) -> None:
     """
     run, shape = cell(plan, params, x, h0), h0.shape
     rng = np.random.default_rng(0)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[:1] + leaf.shape[2:], leaf.dtype), x)
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[:1] + leaf.shape[2:], leaf.dtype), x
+    )
 
     def random(leaf: Any) -> np.ndarray:
         return (0.5 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
@@ -180,12 +182,10 @@ def _rows(tree: Any, channels: int, axes: int, dtype: Any) -> Array:
     found = []
     for leaf, of in zip(jax.tree.leaves(tree), _leaves(tree, channels, axes), strict=True):
         leading = leaf.shape[:axes]
-        own = leaf.astype(dtype).reshape(
-            *leading, of.rows, channels if of.is_of_channels else 1
-        )
+        own = leaf.astype(dtype).reshape(*leading, of.rows, channels if of.is_of_channels else 1)
         found.append(jnp.broadcast_to(own, (*leading, of.rows, channels)))
     if not found:
-        return jnp.zeros((0, channels), dtype)
+        return jnp.zeros((1, channels), dtype)  # a row that nobody reads, as arrays have some size
     return jnp.concatenate(found, axis=axes)
 
 
@@ -221,9 +221,9 @@ def _windows(
         marks = jnp.where(reset, kernel.RESET, kernel.ONE_AFTER_ANOTHER).astype(h0.dtype)
     job = Job(run, tile, steps, 0, marks is not None, plan.rules)
     own = _rows(params, channels, 0, h0.dtype)
-    own = kernel.arranged(
-        jnp.broadcast_to(own, (1, tile.chunks, *own.shape)), tile, 1
-    )[0, :, 0]  # (k p c n)
+    own = kernel.arranged(jnp.broadcast_to(own, (1, tile.chunks, *own.shape)), tile, 1)[
+        0, :, 0
+    ]  # (k p c n)
 
     def body(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Any]:
         (start, usual), (x, marks, guess, padding) = carry, inputs

@@ -1,4 +1,4 @@
-"""The kernel of `newton_scan`: one program runs a few channels of one sequence, chunks side by side.
+"""The kernel of `newton_scan`: one program runs a few channels of a sequence, all its chunks.
 
 A program holds one tile (c n): the state of n channels at the same step of each of c chunks of
 time. It sweeps over the steps of a chunk, all chunks at once, with the cell itself, and keeps the
@@ -127,8 +127,8 @@ def body(job: Job, refs: "Refs") -> None:
         miss = _within(miss / size, INFINITE, zero + INFINITE)
         worst, settled = jnp.max(miss), miss <= rules.tol
         d = [jnp.where(settled, zero, _within(x, INFINITE, zero)) for x in r]
-        slopes = [_within(p, LARGEST_STATE, zero) for p in flat]
-        d = _doubled(d, [slopes[i : i + len(d)] for i in range(0, len(flat), len(d))], moved, chunks)
+        flat = [_within(p, LARGEST_STATE, zero) for p in flat]
+        d = _doubled(d, _matrix(flat), moved, chunks)
         is_newton = (zero + jnp.where(sweeps < rules.max_iters, 1.0, 0.0)) > 0.5
         for i in states:
             guided = _within(h[i] + rules.relaxation * d[i], LARGEST_STATE, refs.entering[i])
@@ -179,11 +179,12 @@ def _stepped(
 ) -> tuple[Tiles, list[Tiles]]:
     """The next state, and its derivatives: row i, column j for m numbers."""
     begin, rows = h, x
+    jacobian: list[Tiles] = []
     if job.has_marks:
         *rows, mark = x
         begin = [jnp.where(mark == RESET, zero, one) for one in h]
     if not with_slopes:
-        new, jacobian = job.cell.value(params, begin, rows), []
+        new = job.cell.value(params, begin, rows)
     else:
         new, jacobian = job.cell.value_and_jacobian(params, begin, rows)
         jacobian = _clipped(jacobian, job.rules.clip, zero)
@@ -219,6 +220,12 @@ def _product(left: list[Tiles], right: list[Tiles]) -> list[Tiles]:
     ]
 
 
+def _matrix(flat: Tiles) -> list[Tiles]:
+    """Rows of a square matrix from its tiles in reading order."""
+    size = math.isqrt(len(flat))
+    return [flat[i : i + size] for i in range(0, len(flat), size)]
+
+
 def _doubled(
     d: Tiles, slopes: list[Tiles], moved: Callable[[Tiles, int], Tiles], chunks: int
 ) -> Tiles:
@@ -229,7 +236,7 @@ def _doubled(
         earlier, flat = before[:size], before[size:]
         through = _product(slopes, [[one] for one in earlier])
         d = [one + add for one, [add] in zip(d, through, strict=True)]
-        slopes = _product(slopes, [flat[i : i + size] for i in range(0, size * size, size)])
+        slopes = _product(slopes, _matrix(flat))
         by *= 2
     return d
 
@@ -292,22 +299,30 @@ def run(
         )(*arrays)
     from jax.experimental.pallas import mosaic_gpu
 
-    def one_program(*refs: Any) -> None:
-        i, k = pallas.program_id(0), pallas.program_id(1)
+    def one_program(i: Any, k: Any, refs: Sequence[Any]) -> None:
         params, follows, x, entering, h, ended, *own = refs
         views = (params.at[k], follows, *(ref.at[i, k] for ref in (x, entering, h, ended)))
         body(job, Refs(*views, *own))
 
-    in_global_memory = pallas.BlockSpec(memory_space=mosaic_gpu.GMEM)
-    return pallas.pallas_call(
-        one_program,
+    scratch = [mosaic_gpu.SMEM(shape, x.dtype) for shape in own]
+    if platform == "cpu":
+        whole = pallas.BlockSpec(memory_space=mosaic_gpu.GMEM)
+        return pallas.pallas_call(
+            lambda *refs: one_program(pallas.program_id(0), pallas.program_id(1), refs),
+            grid=(batch, blocks),
+            in_specs=[whole] * len(arrays),
+            out_specs=[whole] * len(out),
+            out_shape=out,
+            scratch_shapes=scratch,
+            interpret=True,
+            name="newton_scan",
+        )(*arrays)
+    return mosaic_gpu.kernel(
+        lambda *refs: one_program(lax.axis_index("batch"), lax.axis_index("block"), refs),
+        out_type=out,
+        scratch_types=scratch,
         grid=(batch, blocks),
-        in_specs=[in_global_memory] * len(arrays),
-        out_specs=[in_global_memory] * len(out),
-        out_shape=out,
-        scratch_shapes=[mosaic_gpu.SMEM(shape, x.dtype) for shape in own],
-        interpret=platform == "cpu",
-        name="newton_scan",
+        grid_names=("batch", "block"),
     )(*arrays)
 
 
@@ -315,7 +330,12 @@ def arranged(x: Array, tile: Tile, length: int) -> Array:
     """(b t r n) as (b k l r c n): the last step and channel repeated where they do not divide."""
     batch, time, rows, channels = x.shape
     blocks = -(-channels // tile.channels)
-    rest = ((0, 0), (0, tile.chunks * length - time), (0, 0), (0, blocks * tile.channels - channels))
+    rest = (
+        (0, 0),
+        (0, tile.chunks * length - time),
+        (0, 0),
+        (0, blocks * tile.channels - channels),
+    )
     if any(end for _, end in rest):
         x = jnp.pad(x, rest, mode="edge")
     x = x.reshape(batch, tile.chunks, length, rows, blocks, tile.channels)
