@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from jaxrec.ops.newton.iteration import LARGEST_STATE, Rules
 
@@ -242,14 +243,9 @@ def _doubled(
 
 
 def run(
-    job: Job,
-    params: Array,
-    x: Array,
-    entering: Array,
-    *,
-    platform: str,
+    job: Job, params: Array, x: Array, entering: Array, *, platform: str
 ) -> tuple[Array, Array]:
-    """Runs the programs of one window.
+    """Runs the programs of one window, each where its part of x lies on a mesh.
 
     Args:
       job: what to do.
@@ -261,6 +257,22 @@ def run(
     Returns:
       The states (b k l m c n), and how each program ended, (b k 3 c n).
     """
+    call = functools.partial(_run, job, platform)
+
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        placed = [jax.tree.map(lambda z: z.sharding, of) for of in (results, arguments)]
+        return mesh, call, *placed
+
+    spread = custom_partitioning(call)
+    spread.def_partition(
+        partition,
+        sharding_rule="k p c n, b k l r c n, b k m c n -> b k l m c n, b k e c n",
+        need_replication_factors=("p", "c", "n", "l", "r", "m", "e"),
+    )
+    return spread(params, x, entering)
+
+
+def _run(job: Job, platform: str, params: Array, x: Array, entering: Array) -> tuple[Array, Array]:
     from jax.experimental import pallas
 
     batch, blocks, length, _, *tile = x.shape

@@ -81,20 +81,27 @@ def newton_scan(
         where h is (b m ...) or packed so.
       method: "sequential" is one step after another. "newton" converges quadratically;
         "quasi_newton" leaves out what is off the diagonal, which costs less and converges linearly;
-        "elk" and "quasi_elk" damp both by a Kalman filter. "auto" is sequential on CPU and for
-        short sequences, otherwise Newton.
+        "elk" and "quasi_elk" damp both by a Kalman filter. "pallas" is one kernel for each window,
+        for states (b d) or (b m d), m up to 4, whose d channels do not mix: Newton's method on the
+        states between chunks of time, and where there are channels enough to fill a GPU a single
+        chunk, step by step (`kernel`). It takes float32, and params and x of floats, of which
+        belongs to channels what has d numbers in its last axis. On CPU it is interpreted. It has
+        been run nowhere else: for GPUs and TPUs it is only known to lower. "auto" is sequential on
+        CPU and for short sequences, otherwise Newton.
       max_iters: most iterations for one window; None: 16, or 64 where convergence is linear.
       tol: a step is settled when its residual is at most so much of the largest number of its
         state, or of 1 if that is larger; None: four times the dtype's resolution.
       window: so many steps are solved at once, windows one after another. It bounds how far an
         iterate can stray, and the memory: with a window the gradient keeps nothing but h and
         computes the rest again, also of the sequential method, which without one keeps what JAX
-        keeps of a loop. None: 1024, or all of a device's steps where time is spread.
+        keeps of a loop. None: 1024, 2048 of the kernel, or all of a device's steps where time is
+        spread.
       reset: bool (b t). True: the state that enters this step is zero.
       guess: where the iteration begins, (b t ...); None: step(params, h, x_t) where h is zero, and
         in later windows the mean state of the window before: up to 15 % fewer iterations of cells
         that forget slowly; from the carried state itself it takes as many as from zero or up to
-        half more, and fewer only with entries of N(0, 2^2) (experiments/newton_convergence).
+        half more, and fewer only with entries of N(0, 2^2) (experiments/newton_convergence). The
+        kernel takes of it what enters its chunks; None: the mean state of the window before.
       relaxation: what part of each increment is taken.
       clip: the Jacobian of the iteration, not that of the gradient, is cut to [-clip, clip], or
         scaled down to this Frobenius norm.
