@@ -370,7 +370,9 @@ SHORTEST_CHUNK = 16
 
 
 def tile_of(platform: str, batch: int, time: int, channels: int) -> Tile:
-    """By arithmetic, not by measurement: see shared cards on parallel reduction."""
+    """By arithmetic, not by measurement: a step takes a GPU about as long whether few of its
+    threads have work or all, so that chunks are made until all have.
+    """
     longest = max(1, time // SHORTEST_CHUNK)
     if platform == "tpu":
         return Tile(8, 128)  # one vector register
