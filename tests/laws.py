@@ -320,8 +320,7 @@ def newton(structure: str, method: str, **options: Any) -> Subject:
             jacobian=structure,
             method=method,
             reset=reset,
-            window=8,
-            **options,
+            **({"window": 8} | options),
         )
         return y, y[:, -1]
 
@@ -331,6 +330,7 @@ def newton(structure: str, method: str, **options: Any) -> Subject:
         start=lambda params, batch, time: np.zeros((batch, size, 4 // size), np.float32),
         run=run,
         loop=references.elman,
+        log_trace=method == "pallas",
     )
 
 
@@ -1291,6 +1291,8 @@ SUBJECTS = [
     *(newton(structure, "newton") for structure in ("diagonal", "block", "dense")),
     newton("block", "quasi_newton", tol=2.5e-7),
     newton("dense", "sequential"),
+    newton("diagonal", "pallas"),  # one chunk
+    newton("block", "pallas", window=64),  # and several, where a sequence is long enough
     *(maximum(method) for method in ("sequential", "associative")),
     weighted_mean(),
     *(gated_memory(method) for method in ("sequential", "chunkwise")),

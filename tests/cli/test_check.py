@@ -59,8 +59,8 @@ def test_no_scan_no_method_and_no_way_over_devices_is_left_out():
             if "exchange" in hints:
                 assert set(typing.get_args(hints["exchange"])) <= spread[op], name
     assert {"wkv", "iterate", "adaptive_loop", "fft_conv"} <= run.keys()
-    # Over devices there is no filter, see `newton_scan`.
-    assert set(typing.get_args(Method)) - {"elk", "quasi_elk"} <= spread["newton_scan"]
+    # Over devices there is no filter and no kernel, see `newton_scan`.
+    assert set(typing.get_args(Method)) - {"elk", "quasi_elk", "pallas"} <= spread["newton_scan"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk"]
+Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk", "pallas"]
 
 
 def numbers(
@@ -32,10 +32,10 @@ def numbers(
     for name, value in (("relaxation", relaxation), ("clip", clip), ("variance", variance)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"newton_scan: {name} must be positive and finite, got {value}.")
-    if axis is not None and (window is not None or method in ("elk", "quasi_elk")):
+    if axis is not None and (window is not None or method in ("elk", "quasi_elk", "pallas")):
         raise ValueError(
-            "newton_scan: where time is spread over devices there are no windows, and no filter"
-            f" (elk); got axis={axis!r}, window={window}, method={method!r}."
+            "newton_scan: where time is spread over devices there are no windows, no filter (elk)"
+            f" and no kernel; got axis={axis!r}, window={window}, method={method!r}."
         )
 
 

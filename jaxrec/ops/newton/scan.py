@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxrec.ops.kept import kept
-from jaxrec.ops.newton import checks
+from jaxrec.ops.newton import checks, fused
 from jaxrec.ops.newton import structure as structures
 from jaxrec.ops.newton.adjoint import pull_back
 from jaxrec.ops.newton.checks import Method
@@ -40,7 +40,7 @@ from jaxrec.ops.newton.plan import (
 from jaxrec.ops.newton.structure import Kind, Step
 
 SHORTEST_FOR_NEWTON = 32  # shorter sequences "auto" runs step by step on accelerators too
-ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16}
+ITERATIONS = {"auto": 16, "sequential": 0, "newton": 16, "pallas": 16}
 SLOW_ITERATIONS = 64  # of methods that converge linearly
 
 
@@ -81,20 +81,27 @@ def newton_scan(
         where h is (b m ...) or packed so.
       method: "sequential" is one step after another. "newton" converges quadratically;
         "quasi_newton" leaves out what is off the diagonal, which costs less and converges linearly;
-        "elk" and "quasi_elk" damp both by a Kalman filter. "auto" is sequential on CPU and for
-        short sequences, otherwise Newton.
+        "elk" and "quasi_elk" damp both by a Kalman filter. "pallas" is one kernel for each window,
+        for states (b d) or (b m d), m up to 4, whose d channels do not mix: Newton's method on the
+        states between chunks of time, and where there are channels enough to fill a GPU a single
+        chunk, step by step (`kernel`). It takes float32, and params and x of floats, of which
+        belongs to channels what has d numbers in its last axis. On CPU it is interpreted. It has
+        been run nowhere else: for GPUs and TPUs it is only known to lower. "auto" is sequential on
+        CPU and for short sequences, otherwise Newton.
       max_iters: most iterations for one window; None: 16, or 64 where convergence is linear.
       tol: a step is settled when its residual is at most so much of the largest number of its
         state, or of 1 if that is larger; None: four times the dtype's resolution.
       window: so many steps are solved at once, windows one after another. It bounds how far an
         iterate can stray, and the memory: with a window the gradient keeps nothing but h and
         computes the rest again, also of the sequential method, which without one keeps what JAX
-        keeps of a loop. None: 1024, or all of a device's steps where time is spread.
+        keeps of a loop. None: 1024, 2048 of the kernel, or all of a device's steps where time is
+        spread.
       reset: bool (b t). True: the state that enters this step is zero.
       guess: where the iteration begins, (b t ...); None: step(params, h, x_t) where h is zero, and
         in later windows the mean state of the window before: up to 15 % fewer iterations of cells
         that forget slowly; from the carried state itself it takes as many as from zero or up to
-        half more, and fewer only with entries of N(0, 2^2) (experiments/newton_convergence).
+        half more, and fewer only with entries of N(0, 2^2) (experiments/newton_convergence). The
+        kernel takes of it what enters its chunks; None: the mean state of the window before.
       relaxation: what part of each increment is taken.
       clip: the Jacobian of the iteration, not that of the gradient, is cut to [-clip, clip], or
         scaled down to this Frobenius norm.
@@ -148,13 +155,14 @@ def newton_scan(
             structures.check_analytic(analytic, structure, step, params, h0, one)
     iterations = ITERATIONS.get(method, SLOW_ITERATIONS) if max_iters is None else max_iters
     split, floats, others = Split.of(params, x)
+    default_window = fused.DEFAULT_WINDOW if method == "pallas" else DEFAULT_WINDOW
     plan = Plan(
         step=step,
         analytic=analytic,
         structure=structure,
         split=split,
         method=method,
-        window=time if is_sharded else min(window or DEFAULT_WINDOW, time),
+        window=time if is_sharded else min(window or default_window, time),
         axis=axis,
         rules=Rules(
             max_iters=iterations,
@@ -166,6 +174,8 @@ def newton_scan(
             safeguard=safeguard,
         ),
     )
+    if method == "pallas":
+        (fused.check if check else fused.cell)(plan, params, x, h0)
     if guess is not None:
         guess = lax.stop_gradient(guess.astype(h0.dtype))
     arguments = (floats, (*others, reset, guess), h0)
@@ -256,6 +266,8 @@ def _evaluate(
 ) -> tuple[Array, NewtonInfo]:
     sequential = functools.partial(_sequential, plan, line=line)
     newton = functools.partial(_newton, plan, line=line)
+    if plan.method == "pallas":
+        return fused.newton(plan, floats, others, h0)
     if plan.method == "auto":
         time = jax.tree.leaves((floats[1], others[1]))[0].shape[1]
         return lax.platform_dependent(
