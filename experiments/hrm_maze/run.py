@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.models.hrm import HRM, MAZE_8X8, Rows
+from jaxrec.models.hrm import HRM, MAZE_5X5, Positions, Rows
 from jaxrec.training import pondering
 from jaxrec.training.config import PuzzleConfig, PuzzleDataConfig
 from jaxrec.training.data import mazes
@@ -29,12 +29,12 @@ from jaxrec.training.puzzles import train_puzzles
 from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
-BATCH, STEPS = 32, 2500
+BATCH, STEPS = 64, 6000
 CHANGES: dict[str, Any] = {
-    "side": 8,
-    "learning_rate": PuzzleConfig().optimizer.learning_rate,
-    "low_backprop": 1,
-    "ema_decay": None,
+    "side": 5,
+    "positions": MAZE_5X5.positions,
+    "high_backprop": MAZE_5X5.high_backprop,
+    "learning_rate": 1e-3,
 }
 """What may be tried, and what it is by default."""
 LONG = ("by_length", "data", "versions")
@@ -45,8 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="segments of training")
     parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
     for name, value in CHANGES.items():
-        kind = float if value is None else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     changes = {name: getattr(options, name) for name in CHANGES}
     results = run(4 if options.smoke else options.steps, smoke=options.smoke, **changes)
@@ -67,23 +66,23 @@ def run(
     *,
     smoke: bool,
     side: int,
+    positions: Positions,
+    high_backprop: int,
     learning_rate: float,
-    low_backprop: int,
-    ema_decay: float | None,
 ) -> dict[str, Any]:
     """Trains, and scores held-out mazes by segment and by length."""
     began = time.perf_counter()
     side = 4 if smoke else side
-    data = PuzzleDataConfig(source=f"maze-{side}x{side}", puzzles=1000, held_out=300)
-    model = dataclasses.replace(MAZE_8X8, length=side * side, low_backprop=low_backprop)
+    data = PuzzleDataConfig(source=f"maze-{side}x{side}", puzzles=4000, held_out=300)
+    model = dataclasses.replace(
+        MAZE_5X5, length=side * side, positions=positions, high_backprop=high_backprop
+    )
     if smoke:
         data = dataclasses.replace(data, puzzles=20, held_out=10)
     config = PuzzleConfig(
         name="run", steps=steps, batch=BATCH, eval_every=0, save_every=0, data=data
     )
-    optimizer = dataclasses.replace(
-        config.optimizer, learning_rate=learning_rate, ema_decay=ema_decay
-    )
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=learning_rate)
     config = dataclasses.replace(config, optimizer=optimizer)
     with tempfile.TemporaryDirectory() as runs:
         outcome = train_puzzles("MAZE", model, config, runs=Path(runs), stream=sys.stderr)

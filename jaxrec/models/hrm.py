@@ -324,5 +324,15 @@ SUDOKU_4X4 = HRMConfig(
     normaliser="softmax",
 )
 """Sudoku of 4 x 4, for two CPU cores; its loss is by softmax, not by the published stablemax."""
-MAZE_8X8 = dataclasses.replace(SUDOKU_4X4, length=64)
-"""Mazes of 8 x 8, for two CPU cores."""
+MAZE_5X5 = dataclasses.replace(
+    SUDOKU_4X4,
+    length=25,
+    positions="learned",
+    high_layers=1,
+    low_layers=1,
+    low_cycles=1,
+    high_backprop=2,
+)
+"""Mazes of 5 x 5, for two CPU cores. Positions are learned, with which it learns sooner than with
+rotary ones: these say how far apart two tokens are in the row of all lines, not in the grid.
+"""

@@ -3,7 +3,8 @@
 import pytest
 
 from jaxrec.cli.train import parse
-from jaxrec.models.hrm import MAZE_27M
+from jaxrec.models.hrm import MAZE_5X5, MAZE_27M
+from jaxrec.training.data.puzzle_sources import made_size
 from tests.experiments.smoke import EXPERIMENTS, smoke
 
 
@@ -23,3 +24,7 @@ def test_the_full_scale_run_is_the_published_one():
     assert arguments.model == MAZE_27M
     assert arguments.train.data.epochs == 2000
     assert arguments.train.optimizer.weight_decay == arguments.train.puzzle_decay == 1.0
+
+
+def test_the_small_model_reads_the_mazes_of_its_name():
+    assert made_size("maze-5x5") == (MAZE_5X5.length, MAZE_5X5.vocab_size)
