@@ -20,7 +20,7 @@ from jax.nn.initializers import Initializer
 
 from jaxrec.config import at_least, one_of
 from jaxrec.layers.axes import merge_leading
-from jaxrec.ops import orthogonal
+from jaxrec.ops import entries, orthogonal
 
 Activation = Literal["logsigmoid", "tanh", "identity"]
 Eigenvalues = Literal["tanh", "logsigmoid", "expexp"]
@@ -225,7 +225,8 @@ class Transition(nnx.Module):
             return values[..., None]
         into = self._normalised(self.into(x))
         out = jnp.swapaxes(into, -1, -2) if self.out is None else self._normalised(self.out(x))
-        return jnp.matmul(out, values[..., :, None] * into, precision=jax.lax.Precision.HIGHEST)
+        made = entries.product(entries.first(out), entries.first(values[..., :, None] * into))
+        return entries.last(made)
 
     def _activated(self, z: Array) -> Array:
         factor = self.config.options.eigenvalue_factor

@@ -6,10 +6,13 @@ eigenvalue or singular value. pLSTM makes the transitions of its states of them:
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from jaxrec.ops import entries
 
 SMALLEST_STEP = 1e-3  # of the power iteration: added to the length by which it divides
 SMALLEST_CHANGE = 1e-3  # from the identity, below which a matrix is left as it is
@@ -19,17 +22,42 @@ SMALLEST_ROW = 1e-5
 def exponential(z: Array, *, factor: float = 1.0, order: int = 16) -> Array:
     """exp(factor (Z - Z^T)) by the first terms of its series, orthogonal up to what they miss.
 
+    With p the root of the order, powers up to A^p are made first, and parts of p terms are then
+    nested, S_i = sum_r A^r (ip)! / (ip + r)! + A^p S_{i+1} (ip)! / (ip + p)!: twice p products.
+
     Args:
       z: (... j j).
       factor: of the skew part.
       order: number of terms, >= 1; enough while the skew part's norm is a few units below it.
     """
-    skew = factor * (z - jnp.swapaxes(z, -1, -2))
-    identity = jnp.broadcast_to(jnp.eye(z.shape[-1], dtype=z.dtype), z.shape)
-    sum_so_far = identity
-    for term in range(order - 1, 0, -1):
-        sum_so_far = identity + jnp.matmul(skew, sum_so_far) / term
-    return sum_so_far
+    skew = entries.first(factor * (z - jnp.swapaxes(z, -1, -2)))
+    each = math.isqrt(order - 1) + 1
+    weights = [
+        [
+            _ratio(begin, begin + i) if i == each or begin + i < order else 0.0
+            for i in range(each + 1)
+        ]
+        for begin in reversed(range(0, order, each))
+    ]
+
+    # Loops, as XLA on CPU works a product out again wherever a later one reads it.
+    def power(x: Array, _: None) -> tuple[Array, Array]:
+        return entries.product(skew, x), x
+
+    def nested(rest: Array, weights: Array) -> tuple[Array, None]:
+        part = weights[each] * entries.product(highest, rest)
+        return sum((weights[i] * powers[i] for i in range(each)), start=part), None
+
+    identity = jnp.eye(z.shape[-1], dtype=z.dtype).reshape(z.shape[-2:] + (1,) * (z.ndim - 2))
+    identity = jnp.broadcast_to(identity, skew.shape)
+    highest, powers = lax.scan(power, identity, None, length=each)
+    total, _ = lax.scan(nested, jnp.zeros_like(skew), jnp.asarray(weights, z.dtype))
+    return entries.last(total)
+
+
+def _ratio(small: int, large: int) -> float:
+    """small! / large!."""
+    return 1 / math.prod(range(small + 1, large + 1))
 
 
 def householder(z: Array) -> Array:
