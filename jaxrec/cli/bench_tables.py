@@ -365,6 +365,27 @@ def _selective_memory(report: Report) -> list[Table]:
     return [Table(title, "t | x MiB | selective_scan MiB | all states kept MiB", rows)]
 
 
+def _grid_memory(report: Report) -> list[Table]:
+    """A row for each size of the scan and of the model."""
+    sizes, rows = report["sizes"], []
+    for x in report["results"]:
+        what = "scan, four orientations" if x["part"] == "scan" else "classifier, images"
+        row = [f"{what}, {x['side']} x {x['side']}"]
+        for part in ("forward", "both"):
+            ours, theirs = x["jaxrec"][part], x["published"][part]
+            row += [_mib(ours["temp_mib"]), _mib(theirs["temp_mib"])]
+            row += [_mib(ours["peak_mib"]), _mib(theirs["peak_mib"])]
+            row += [f"{theirs['peak_mib'] / ours['peak_mib']:.1f}"]
+        rows.append(row)
+    title = (
+        f"Memory of grids in MiB, ours beside the published scheme (peers/grid_published.py), batch"
+        f" {sizes['batch']}, {sizes['heads']} heads, width {sizes['width']}, as the compiler plans"
+        " it; nothing is run"
+    )
+    columns = "temp | published temp | peak | published peak | published / ours"
+    return [Table(title, f"what | forward {columns} | forward + backward {columns}", rows)]
+
+
 def _hrm(report: Report) -> list[Table]:
     """A segment, and memory by cycles."""
     sizes = report["sizes"]
@@ -398,6 +419,7 @@ def _hrm(report: Report) -> list[Table]:
 
 TABLES: dict[str, Callable[[Report], list[Table]]] = {
     "grid": _grid,
+    "grid_memory": _grid_memory,
     "hrm": _hrm,
     "matrix": _matrix,
     "newton": _newton,
