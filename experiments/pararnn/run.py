@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from figures import plot_state, plot_text
-from tracking import TASKS, state, tiny
+from tracking import STATE_MODELS, TASKS, state, tiny, together
 
 from jaxrec.models import linear_rnn, mamba, pararnn, recurrentgemma
 from jaxrec.training.config import OptimizerConfig, TrainConfig
@@ -40,10 +40,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["state", "text"], choices=["state", "text"])
     parser.add_argument("--steps", type=int, default=60, help="of each model on text")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=[*TASKS], help="of state")
+    parser.add_argument(
+        "--models", nargs="+", default=[*STATE_MODELS], choices=STATE_MODELS, help="of state"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing written")
     options = parser.parse_args()
     if options.smoke:
-        print(json.dumps({"text": text(2, True), "state": state(options.tasks, True)}, indent=2))
+        tracked = state(options.tasks, options.models, True)
+        print(json.dumps({"text": text(2, True), "state": tracked}, indent=2))
         return
     file = HERE / "results.json"
     for part in options.parts:
@@ -51,9 +55,9 @@ def main() -> None:
         results = json.loads(file.read_text()) if file.exists() else {}
         if part == "text":
             results[part], draw = text(options.steps, False), plot_text
-        else:  # as a task that is not run again does
-            found, draw = state(options.tasks, False), plot_state
-            found["tasks"] = results.get(part, {}).get("tasks", {}) | found["tasks"]
+        else:
+            found, draw = state(options.tasks, options.models, False), plot_state
+            found["tasks"] = together(results.get(part, {}).get("tasks", {}), found["tasks"])
             results[part] = found
         results[part] |= {"versions": versions()}
         file.write_text(json.dumps(results, indent=2) + "\n")

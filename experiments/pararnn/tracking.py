@@ -1,9 +1,10 @@
 """Where a state is tracked: parity, modular arithmetic, and permutations of five elements."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,33 @@ from jaxrec.training.tasks import train_task
 
 TRAINED, ASKED = 32, 128  # steps of a sequence in training, and in the test
 FIRST, GROWN = 2, 0.8  # steps asked for at the beginning; share of training until all are
-TASKS: dict[str, tuple[int, int, int, Callable[..., synthetic.Task]]] = {
-    "parity": (2, 32, 400, synthetic.parity),
-    "modular arithmetic": (8, 64, 1000, synthetic.modular_arithmetic),
-    "permutations": (120, 128, 1500, synthetic.permutations),
+LENGTHS = {4: 0.07, 8: 0.25, 16: 0.45, TRAINED: 1.0}
+"""Steps of a sequence until this share of training, where sequences grow."""
+
+
+class Lessons(NamedTuple):
+    """How a task is trained."""
+
+    tokens: int  # which are also the answers
+    width: int
+    layers: int
+    steps: int
+    make: Callable[..., synthetic.Task]
+    batch: int  # sequences of the trained length
+    # Whether sequences grow, more of them while they are short; else the answers asked for do.
+    grows: bool
+
+
+TASKS = {
+    "parity": Lessons(2, 32, 1, 400, synthetic.parity, 32, False),
+    "modular arithmetic": Lessons(
+        7, 64, 2, 500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
+    ),
+    "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, False),
 }
-"""Tokens, which are also the answers, channels, steps, and what makes the sequences."""
+
+
+STATE_MODELS = ("ParaGRU", "ParaLSTM", "GRU", "RG-LRU", "transformer")
 
 
 def tiny(model: Any) -> Any:
@@ -33,11 +55,12 @@ def tiny(model: Any) -> Any:
     return dataclasses.replace(model, **{k: v for k, v in sizes.items() if k in names})
 
 
-def state_models(vocab: int, width: int) -> dict[str, Any]:
-    """One layer each. Recurrent entries of ParaRNNs begin within 2 and have no limit: a sign that
+def state_models(lessons: Lessons) -> dict[str, Any]:
+    """Recurrent entries of ParaRNNs begin within 2 and have no limit: a sign that
     an input flips is kept only by entries beyond 1."""
-    shared: dict[str, Any] = {"vocab_size": vocab, "width": width, "layers": 1, "context": ASKED}
-    shared["mlp_width"] = 2 * width
+    width = lessons.width
+    shared: dict[str, Any] = {"vocab_size": lessons.tokens, "width": width, "context": ASKED}
+    shared |= {"layers": lessons.layers, "mlp_width": 2 * width}
     para = pararnn.ParaRNNLMConfig(
         **shared, heads=1, conv_width=2, recurrent_limit=None, recurrent_scale=2.0
     )
@@ -54,26 +77,27 @@ def state_models(vocab: int, width: int) -> dict[str, Any]:
     }
 
 
-def state(tasks: list[str], smoke: bool) -> dict[str, Any]:
-    """Trains every model on these tasks; accuracy by position, up to four times as far."""
-    batch, examples = (4, 4) if smoke else (32, 128)
+def state(tasks: list[str], models: list[str], smoke: bool) -> dict[str, Any]:
+    """Trains these models on these tasks; accuracy by position, up to four times as far."""
+    examples = 4 if smoke else 128
     trained, asked = (4, 8) if smoke else (TRAINED, ASKED)
     optimizer = OptimizerConfig(
         learning_rate=4e-3, warmup_steps=30, weight_decay=0.0, final_fraction=0.05
     )
     found: dict[str, Any] = {}
     for task in tasks:
-        vocab, width, steps, make = TASKS[task]
-        steps = 2 if smoke else steps
-        test = make(examples, asked, seed=10**6).batch()
-        found[task] = {"steps": steps, "width": width, "models": {}}
-        for name, config in state_models(vocab, width).items():
+        lessons = TASKS[task]
+        if smoke:
+            lessons = lessons._replace(steps=2, batch=4)
+        test = lessons.make(examples, asked, seed=10**6).batch()
+        found[task] = lessons._asdict() | {"models": {}}
+        del found[task]["make"]
+        every = state_models(lessons)
+        for name, config in ((name, every[name]) for name in models):
             results = train_task(
                 tiny(config) if smoke else config,
-                lambda step, make=make, steps=steps: lesson(
-                    make(batch, trained, seed=step), step / (GROWN * steps)
-                ),
-                steps=steps,
+                functools.partial(lesson, lessons, trained),
+                steps=lessons.steps,
                 optimizer=optimizer,
             )
             ends = [2**k for k in range(2, asked.bit_length()) if trained <= 2**k <= asked]
@@ -84,17 +108,31 @@ def state(tasks: list[str], smoke: bool) -> dict[str, Any]:
             loss = round(float(np.mean(results.losses[-20:])), 4)
             found[task]["models"][name] = {"accuracy": by_range, "last_loss": loss}
             print(f"{task}, {name}: {found[task]['models'][name]}", file=sys.stderr, flush=True)
-    return {"batch": batch, "trained_at": trained, "tasks": found}
+    return {"trained_at": trained, "tasks": found}
 
 
-def lesson(task: synthetic.Task, grown: float) -> dict[str, np.ndarray]:
-    """A batch that asks for the first answers only: FIRST at the beginning, all from grown = 1 on.
+def together(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Tasks and models that were not run again stay as they are, where the training is the same."""
+    tasks = old | new
+    for task in new.keys() & old.keys():
+        before, now = ({k: v for k, v in x[task].items() if k != "models"} for x in (old, new))
+        if before == now:
+            models = old[task]["models"] | new[task]["models"]
+            tasks[task] = now | {"models": {k: models[k] for k in STATE_MODELS if k in models}}
+    return tasks
+
+
+def lesson(lessons: Lessons, trained: int, step: int) -> dict[str, np.ndarray]:
+    """The batch of a step, at first with few answers from the beginning of a sequence.
 
     A state that is right for a few steps is what a model needs to learn the next one.
     """
-    time = task.labels.shape[1]
-    batch = task.batch()
-    batch["labels"][:, int(FIRST + grown * (time - FIRST)) :] = IGNORED
+    done = step / lessons.steps
+    if lessons.grows:
+        length = min(next(t for t, until in LENGTHS.items() if done < until), trained)
+        return lessons.make(lessons.batch * trained // length, length, seed=step).batch()
+    batch = lessons.make(lessons.batch, trained, seed=step).batch()
+    batch["labels"][:, int(FIRST + done / GROWN * (trained - FIRST)) :] = IGNORED
     return batch
 
 
