@@ -42,8 +42,6 @@ TASKS = {
     ),
     "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, False),
 }
-
-
 STATE_MODELS = ("ParaGRU", "ParaLSTM", "GRU", "RG-LRU", "transformer")
 
 
@@ -56,8 +54,9 @@ def tiny(model: Any) -> Any:
 
 
 def state_models(lessons: Lessons) -> dict[str, Any]:
-    """Recurrent entries of ParaRNNs begin within 2 and have no limit: a sign that
-    an input flips is kept only by entries beyond 1."""
+    """Recurrent entries of ParaRNNs begin within 2 and have no limit: a sign that an input flips is
+    kept only by entries beyond 1.
+    """
     width = lessons.width
     shared: dict[str, Any] = {"vocab_size": lessons.tokens, "width": width, "context": ASKED}
     shared |= {"layers": lessons.layers, "mlp_width": 2 * width}
