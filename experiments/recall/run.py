@@ -28,6 +28,7 @@ from jaxrec.training.tasks import task_accuracy, train_task
 HERE = Path(__file__).parent
 VOCAB, PAIRS, TIME, WIDTH, BATCH = 32, 8, 32, 32, 32
 KEY_WIDTHS = (2, 6, 18)
+SHOWN = (125, 250, 500, 1000, 2000, 4000)  # numbers of state that the plot names
 RULES: dict[str, dict[str, Any]] = {
     "linear attention": {},
     "RetNet": {"gate": "constant", "rotary_base": 10000.0},
@@ -167,6 +168,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         xlabel="numbers of state per sequence",
         ylabel=f"accuracy, {PAIRS} pairs in {TIME} tokens",
     )
+    axis.minorticks_off()
+    axis.set_xticks(SHOWN, SHOWN)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
