@@ -10,6 +10,7 @@ arXiv:2506.11997, section 4 and appendix B.
 """
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -19,7 +20,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from jaxrec.config import at_least, one_of
-from jaxrec.layers.axes import merge_leading
+from jaxrec.layers.axes import merge_leading, over_rows
 from jaxrec.ops import entries, orthogonal
 
 Activation = Literal["logsigmoid", "tanh", "identity"]
@@ -242,7 +243,11 @@ class Transition(nnx.Module):
         with jax.default_matmul_precision("highest"):
             match options.normaliser:
                 case "exponential_orthogonalization":
-                    return orthogonal.exponential(z, factor=options.normaliser_factor, order=order)
+                    # XLA does not split the loops of the series by rows of its own accord.
+                    series = functools.partial(
+                        orthogonal.exponential, factor=options.normaliser_factor, order=order
+                    )
+                    return over_rows(series, z)
                 case "householder_orthogonalization":
                     return orthogonal.householder(z)
                 case "qr":
