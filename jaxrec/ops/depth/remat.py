@@ -15,8 +15,8 @@ from jax import lax
 from jaxrec.ops import notes
 from jaxrec.ops.kept import PRODUCTS_AND_KEPT
 
-RematPolicy = Literal["none", "dots", "block", "sqrt"]
 T = TypeVar("T")
+RematPolicy = Literal["none", "dots", "block", "sqrt"]
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
 
 
