@@ -45,13 +45,13 @@ GREEDY = SamplingConfig(temperature=0.0)
 class Scale:
     """How much is written, and how."""
 
-    depth: int = 16  # full, in loops
+    depth: int = 32  # full, in loops; the paper's
     tokens: int = 64  # new ones of each text
     rounds: int = 2  # of timing, in turns
     sizes: tuple[tuple[int, int], ...] = ((4, 1), (8, 8))  # texts, and how many at once
     waves: tuple[tuple[int, float, int, int], ...] = (
         *((inner, limit, 16, 1) for inner in (1, 2, 4) for limit in (0.1, 0.3)),
-        *((4, 0.03, 16, 1), (2, 0.1, 32, 1), (1, 0.3, 16, 2)),
+        *((4, 0.03, 16, 1), (2, 0.1, 32, 1), (1, 0.1, 8, 1), (1, 0.3, 16, 2)),
     )  # loops a step, threshold, window, headway
 
 
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 def settings(scale: Scale) -> list[Setting]:
     """All that are tried; the first is what the others are measured against."""
     found = [Setting("autoregressive", f"depth {scale.depth}", {"depth": scale.depth})]
-    for less in (8, 4, 2, 1):
+    for less in (16, 8, 4, 2, 1):
         if less < scale.depth:
             found.append(Setting("autoregressive", f"depth {less}", {"depth": less}))
     for criterion, threshold in (("latent-diff", 0.03), ("kl", 1e-3)):
@@ -80,7 +80,7 @@ def settings(scale: Scale) -> list[Setting]:
             inner_loops=inner, threshold=limit, max_wavefront=window, headway=headway
         )
         name = f"loops {inner}, below {limit:g}, window {window}, headway {headway}"
-        found.append(Setting("diffusion-forcing", name, {"options": options, "stride": 4}))
+        found.append(Setting("diffusion-forcing", name, {"options": options, "stride": 8}))
     return found
 
 

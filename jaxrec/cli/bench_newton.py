@@ -68,7 +68,12 @@ def run(arguments: "bench.NewtonArguments") -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
     timing.check_out(arguments.out)
     found = {
-        cell: candidates(cell, window=arguments.window, eager=arguments.eager)
+        cell: candidates(
+            cell,
+            window=arguments.window,
+            eager=arguments.eager,
+            kernel=jax.default_backend() in ("gpu", "tpu"),  # on a CPU it is interpreted
+        )
         for cell in arguments.cells
     }
     for cell, those in found.items():
@@ -95,20 +100,23 @@ def run(arguments: "bench.NewtonArguments") -> None:
     timing.publish(report, as_json=arguments.json, out=arguments.out)
 
 
-def candidates(cell: str = "gru", *, window: int = 1024, eager: bool = False) -> dict[str, Cell]:
-    """`newton_scan` by its methods, and what a user would write instead."""
+def candidates(
+    cell: str = "gru", *, window: int = 1024, eager: bool = False, kernel: bool = False
+) -> dict[str, Cell]:
+    """`newton_scan` by its methods, its kernel too if asked for, and what a user would write
+    instead.
+    """
     case = CASES[cell]
 
-    def ours(params: Any, u: Array, h0: Array, *, method: Any, window: int | None) -> Array:
+    def ours(params: Any, u: Array, h0: Array, **options: Any) -> Array:
         h, _ = newton_scan(
             case.step,
             params,
             u,
             h0,
             jacobian=case.jacobian,
-            method=method,
-            window=window,
             check=False,
+            **options,
         )
         return h
 
@@ -121,6 +129,9 @@ def candidates(cell: str = "gru", *, window: int = 1024, eager: bool = False) ->
     for method, steps in itertools.product(("auto", "sequential", "newton"), (None, window)):
         name = f"jaxrec {method}" + (f", windows of {steps}" if steps else "")
         found[name] = functools.partial(ours, method=method, window=steps)
+    if kernel:
+        found["jaxrec pallas"] = functools.partial(ours, method="pallas")
+        found["jaxrec pallas, one chunk"] = functools.partial(ours, method="pallas", chunks=1)
     return found
 
 

@@ -255,6 +255,13 @@ def test_newton_writes_what_it_prints(tmp_path, capsys):
     assert "A ParaGRU, forward + backward" in capsys.readouterr().out
 
 
+def test_accelerators_time_the_kernel_too():
+    without, found = bench_newton.candidates("lstm"), bench_newton.candidates("lstm", kernel=True)
+    assert found.keys() - without.keys() == {"jaxrec pallas", "jaxrec pallas, one chunk"}
+    for name in found.keys() - without.keys():
+        bench_newton.check(name, found[name], "lstm")
+
+
 def test_a_wrong_newton_is_not_timed(monkeypatch, capsys):
     def biased(recurrent, u, h0):
         return bench_newton.plain_scan(para_gru, lax.stop_gradient(recurrent), u, h0)

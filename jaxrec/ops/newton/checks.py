@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+CHUNKS = tuple(2**i for i in range(8))
 Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk", "pallas"]
 
 
@@ -13,6 +14,7 @@ def numbers(
     method: str,
     max_iters: int | None,
     window: int | None,
+    chunks: int | None,
     relaxation: float,
     clip: float | None,
     variance: float,
@@ -27,6 +29,11 @@ def numbers(
         raise ValueError(f"newton_scan: method must be one of {get_args(Method)}, got {method!r}.")
     if window is not None and window < 1:
         raise ValueError(f"newton_scan: window must be at least one step, got {window}.")
+    if chunks is not None and (chunks not in CHUNKS or method != "pallas"):
+        raise ValueError(
+            f'newton_scan: chunks belongs to method="pallas" and is one of {CHUNKS}, got {chunks}'
+            f" and method={method!r}."
+        )
     if max_iters is not None and max_iters < 0:
         raise ValueError(f"newton_scan: max_iters must be >= 0, got {max_iters}.")
     for name, value in (("relaxation", relaxation), ("clip", clip), ("variance", variance)):

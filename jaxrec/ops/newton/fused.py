@@ -213,7 +213,7 @@ def _windows(
     start = h0.reshape(batch, -1, channels)
     cut_up, put_together = windowed(time, plan.window)
     length = cut_up.length
-    tile = kernel.tile_of(platform, batch, length, channels)
+    tile = kernel.tile_of(platform, batch, length, channels, plan.chunks)
     steps = -(-length // tile.chunks)
     marks = None
     if reset is not None or cut_up.windows * length > time or tile.chunks * steps > length:

@@ -369,15 +369,18 @@ ENOUGH_ENTRIES = 2**17  # of all programs together, where there are fewer channe
 SHORTEST_CHUNK = 16
 
 
-def tile_of(platform: str, batch: int, time: int, channels: int) -> Tile:
-    """By arithmetic, not by measurement: a step takes a GPU about as long whether few of its
-    threads have work or all, so that chunks are made until all have.
+def tile_of(
+    platform: str, batch: int, time: int, channels: int, chunks: int | None = None
+) -> Tile:
+    """What a program holds if a window has so many chunks. None: by arithmetic, not by measurement.
+    A step takes a GPU about as long whether few of its threads have work or all, so that chunks are
+    made until all have.
     """
-    longest = max(1, time // SHORTEST_CHUNK)
     if platform == "tpu":
-        return Tile(8, 128)  # one vector register
-    if batch * channels >= ENOUGH_CHANNELS:
-        return Tile(1, THREADS)
-    chunks = min(ENOUGH_ENTRIES // (batch * channels), longest, THREADS)
-    chunks = 2 ** int(math.log2(chunks))
+        return Tile(chunks or 8, 128)  # 8: one vector register
+    if chunks is None:
+        longest = max(1, time // SHORTEST_CHUNK)
+        few = batch * channels < ENOUGH_CHANNELS
+        most = min(ENOUGH_ENTRIES // (batch * channels), longest, THREADS) if few else 1
+        chunks = 2 ** int(math.log2(most))
     return Tile(chunks, THREADS // chunks)

@@ -73,6 +73,7 @@ class Plan(NamedTuple):
     split: Split
     method: str
     window: int
+    chunks: int | None  # of a window, in the kernel
     axis: str | None
     rules: Rules
 

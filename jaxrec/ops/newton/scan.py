@@ -55,6 +55,7 @@ def newton_scan(
     max_iters: int | None = None,
     tol: float | None = None,
     window: int | None = None,
+    chunks: int | None = None,
     reset: Array | None = None,
     guess: Array | None = None,
     relaxation: float = 1.0,
@@ -96,6 +97,9 @@ def newton_scan(
         computes the rest again, also of the sequential method, which without one keeps what JAX
         keeps of a loop. None: 1024, 2048 of the kernel, or all of a device's steps where time is
         spread.
+      chunks: into how many chunks of time the kernel cuts a window, a power of two up to 128. 1 is
+        the recurrence itself, step by step in one kernel that keeps the state on the chip. None: as
+        many as fill a GPU; 8 on a TPU.
       reset: bool (b t). True: the state that enters this step is zero.
       guess: where the iteration begins, (b t ...); None: step(params, h, x_t) where h is zero, and
         in later windows the mean state of the window before: up to 15 % fewer iterations of cells
@@ -126,7 +130,7 @@ def newton_scan(
         ones, at tracing, once. A step that cannot be run so is believed.
     """
     is_sharded = axis is not None
-    checks.numbers(method, max_iters, window, relaxation, clip, variance, axis)
+    checks.numbers(method, max_iters, window, chunks, relaxation, clip, variance, axis)
     h0 = h0.astype(jnp.float64 if h0.dtype == jnp.float64 else jnp.float32)
     time = checks.arrays(x, h0, reset, guess)
     if axis is not None:
@@ -163,6 +167,7 @@ def newton_scan(
         split=split,
         method=method,
         window=time if is_sharded else min(window or default_window, time),
+        chunks=chunks,
         axis=axis,
         rules=Rules(
             max_iters=iterations,

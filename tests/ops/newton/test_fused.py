@@ -68,6 +68,16 @@ def test_resets_windows_and_a_guess():
     assert info.converged
 
 
+@pytest.mark.parametrize("cell", [para_gru, para_lstm])
+def test_one_chunk_is_the_loop(cell):
+    args = inputs(cell)
+    reset = np.random.default_rng(2).random((BATCH, TIME)) < 0.05
+    want, _ = run(cell, *args, method="sequential", reset=reset)
+    h, info = run(cell, *args, reset=reset, options=(("chunks", 1), ("window", 40)))
+    np.testing.assert_allclose(h, want, atol=TOLERANCE)
+    assert (int(info.iterations), float(info.residual), bool(info.converged)) == (0, 0.0, True)
+
+
 def expansive(params, h, x):
     return jnp.tanh(params[None] * h + x)
 
@@ -96,11 +106,11 @@ def test_a_cell_that_diverges_is_reported():
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("cell", [para_gru, para_lstm])
-def test_it_lowers_for_accelerators(cell, platform):
+@pytest.mark.parametrize(("cell", "chunks"), [(para_gru, None), (para_lstm, None), (para_gru, 1)])
+def test_it_lowers_for_accelerators(cell, chunks, platform):
     """Which says that there is a kernel, and not that it is right there."""
     args = inputs(cell)
-    scan = jax.jit(functools.partial(newton_scan, cell, method="pallas"))
+    scan = jax.jit(functools.partial(newton_scan, cell, method="pallas", chunks=chunks))
     reset = np.zeros((BATCH, TIME), bool)
     module = jax.export.export(scan, platforms=[platform])(*args, reset=reset).mlir_module()
     assert {"cuda": "mosaic_gpu", "tpu": "tpu_custom_call"}[platform] in module
@@ -112,6 +122,8 @@ def test_tiles_fill_a_gpu():
     assert kernel.tile_of("cuda", 8, 2048, 1024) == Tile(16, 8)
     assert kernel.tile_of("cuda", 1, 40, 8) == Tile(2, 64)  # chunks of at least 16 steps
     assert kernel.tile_of("tpu", 1, 2048, 1024) == Tile(8, 128)
+    assert kernel.tile_of("cuda", 1, 2048, 1024, chunks=4) == Tile(4, 32)
+    assert kernel.tile_of("tpu", 1, 2048, 1024, chunks=1) == Tile(1, 128)
 
 
 def test_a_step_as_arithmetic_between_tiles():
@@ -146,6 +158,7 @@ BIAS = np.arange(WIDTH, dtype=np.float32)
         (lambda p, h, x: h * jnp.sum(p, axis=-1)[None], {"params": GRU[:1]}, "gives another state"),
         (lambda p, h, x: jax.lax.digamma(h), {}, "it has the operation digamma"),
         (para_gru, {"axis": "seq"}, "no kernel; got axis='seq'"),
+        (para_gru, {"chunks": 3}, "got 3 and method='pallas'"),
     ],
 )
 def test_what_it_cannot_do_is_named(step, arguments, message):
