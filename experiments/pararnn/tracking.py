@@ -18,6 +18,7 @@ from jaxrec.training.tasks import train_task
 
 TRAINED, ASKED = 32, 128  # steps of a sequence in training, and in the test
 FIRST, GROWN = 2, 0.8  # steps asked for at the beginning; share of training until all are
+MIXED = 8  # channels of an sLSTM that mix in a step
 LENGTHS = {4: 0.07, 8: 0.25, 16: 0.45, TRAINED: 1.0}
 """Steps of a sequence until this share of training, where sequences grow."""
 
@@ -40,9 +41,9 @@ TASKS = {
     "modular arithmetic": Lessons(
         7, 64, 2, 500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
     ),
-    "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, False),
+    "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, True),
 }
-STATE_MODELS = ("ParaGRU", "ParaLSTM", "GRU", "RG-LRU", "transformer")
+STATE_MODELS = ("ParaGRU", "ParaLSTM", "sLSTM", "GRU", "RG-LRU", "transformer")
 
 
 def tiny(model: Any) -> Any:
@@ -70,6 +71,7 @@ def state_models(lessons: Lessons) -> dict[str, Any]:
     return {
         "ParaGRU": para,
         "ParaLSTM": dataclasses.replace(para, cell="lstm"),
+        "sLSTM": rnn.RNNConfig(**shared, cell="slstm", heads=width // MIXED),
         "GRU": rnn.RNNConfig(**shared),
         "RG-LRU": lru,
         "transformer": transformer,
