@@ -39,7 +39,7 @@ class Lessons(NamedTuple):
 TASKS = {
     "parity": Lessons(2, 32, 1, 400, synthetic.parity, 32, False),
     "modular arithmetic": Lessons(
-        7, 64, 2, 500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
+        7, 64, 2, 1500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
     ),
     "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, True),
 }

@@ -369,9 +369,7 @@ ENOUGH_ENTRIES = 2**17  # of all programs together, where there are fewer channe
 SHORTEST_CHUNK = 16
 
 
-def tile_of(
-    platform: str, batch: int, time: int, channels: int, chunks: int | None = None
-) -> Tile:
+def tile_of(platform: str, batch: int, time: int, channels: int, chunks: int | None = None) -> Tile:
     """What a program holds if a window has so many chunks. None: by arithmetic, not by measurement.
     A step takes a GPU about as long whether few of its threads have work or all, so that chunks are
     made until all have.
