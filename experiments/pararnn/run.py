@@ -38,7 +38,7 @@ TEXT_MODELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=["state", "text"], choices=["state", "text"])
-    parser.add_argument("--steps", type=int, default=60, help="of each model on text")
+    parser.add_argument("--steps", type=int, default=300, help="of each model on text")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=[*TASKS], help="of state")
     parser.add_argument(
         "--models", nargs="+", default=[*STATE_MODELS], choices=STATE_MODELS, help="of state"

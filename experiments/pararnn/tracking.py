@@ -18,7 +18,7 @@ from jaxrec.training.tasks import train_task
 
 TRAINED, ASKED = 32, 128  # steps of a sequence in training, and in the test
 FIRST, GROWN = 2, 0.8  # steps asked for at the beginning; share of training until all are
-MIXED = 8  # channels of an sLSTM that mix in a step
+MIXED = 8  # channels of a head of the sLSTM, which mix in a step
 LENGTHS = {4: 0.07, 8: 0.25, 16: 0.45, TRAINED: 1.0}
 """Steps of a sequence until this share of training, where sequences grow."""
 
@@ -39,11 +39,19 @@ class Lessons(NamedTuple):
 TASKS = {
     "parity": Lessons(2, 32, 1, 400, synthetic.parity, 32, False),
     "modular arithmetic": Lessons(
-        7, 64, 2, 1500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
+        7, 64, 2, 500, functools.partial(synthetic.modular_arithmetic, modulus=4), 32, True
     ),
     "permutations": Lessons(120, 128, 1, 1500, synthetic.permutations, 32, True),
 }
-STATE_MODELS = ("ParaGRU", "ParaLSTM", "sLSTM", "GRU", "RG-LRU", "transformer")
+STATE_MODELS = (
+    "ParaGRU",
+    "ParaLSTM",
+    "sLSTM",
+    "sLSTM, one head",
+    "GRU",
+    "RG-LRU",
+    "transformer",
+)
 
 
 def tiny(model: Any) -> Any:
@@ -72,6 +80,7 @@ def state_models(lessons: Lessons) -> dict[str, Any]:
         "ParaGRU": para,
         "ParaLSTM": dataclasses.replace(para, cell="lstm"),
         "sLSTM": rnn.RNNConfig(**shared, cell="slstm", heads=width // MIXED),
+        "sLSTM, one head": rnn.RNNConfig(**shared, cell="slstm"),
         "GRU": rnn.RNNConfig(**shared),
         "RG-LRU": lru,
         "transformer": transformer,
