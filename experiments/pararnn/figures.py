@@ -36,10 +36,16 @@ def plot_text(results: dict[str, Any], target: Path) -> None:
 def plot_state(results: dict[str, Any], target: Path) -> None:
     """Accuracy over position, one panel per task."""
     figure, panels = canvas(1, len(results["tasks"]))
+    names = list(dict.fromkeys(name for x in results["tasks"].values() for name in x["models"]))
     for panel, (task, found) in zip(panels, results["tasks"].items(), strict=True):
         for name, model in found["models"].items():
-            ranges = list(model["accuracy"])
-            panel.plot(ranges, list(model["accuracy"].values()), marker="o", label=name)
+            panel.plot(
+                list(model["accuracy"]),
+                list(model["accuracy"].values()),
+                marker="o",
+                label=name,
+                color=f"C{names.index(name)}",
+            )
         panel.set(
             title=task, xlabel=f"position; trained on {results['trained_at']}", ylim=(0, 1.03)
         )

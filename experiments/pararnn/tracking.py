@@ -18,7 +18,7 @@ from jaxrec.training.tasks import train_task
 
 TRAINED, ASKED = 32, 128  # steps of a sequence in training, and in the test
 FIRST, GROWN = 2, 0.8  # steps asked for at the beginning; share of training until all are
-MIXED = 8  # channels of a head of the sLSTM, which mix in a step
+HEAD_CHANNELS = 8  # of the sLSTM: as many as `newton_scan` takes together
 LENGTHS = {4: 0.07, 8: 0.25, 16: 0.45, TRAINED: 1.0}
 """Steps of a sequence until this share of training, where sequences grow."""
 
@@ -79,7 +79,7 @@ def state_models(lessons: Lessons) -> dict[str, Any]:
     return {
         "ParaGRU": para,
         "ParaLSTM": dataclasses.replace(para, cell="lstm"),
-        "sLSTM": rnn.RNNConfig(**shared, cell="slstm", heads=width // MIXED),
+        "sLSTM": rnn.RNNConfig(**shared, cell="slstm", heads=width // HEAD_CHANNELS),
         "sLSTM, one head": rnn.RNNConfig(**shared, cell="slstm"),
         "GRU": rnn.RNNConfig(**shared),
         "RG-LRU": lru,

@@ -126,18 +126,12 @@ class _Carry(NamedTuple):
     present: Array | None  # bool (b vocab): tokens of the text, kept for a repetition penalty only
 
 
-class _Checks(NamedTuple):
-    """What has come of looking at the criterion."""
-
-    is_active: Array  # bool (b)
-    memory: Any  # of the criterion
-    values: Array  # float32 (b l)
-
-
 class _Loop(NamedTuple):
     z: Latent
+    is_active: Array  # bool (b)
     loops: Array  # int32 (b)
-    checks: _Checks
+    memory: Any  # of the criterion
+    values: Array  # float32 (b l)
 
 
 def _run(
@@ -175,12 +169,13 @@ def _run(
             static,
             settings,
             carry,
-            tokens,
+            tokens,  # of NumPy: JAX takes it in a tenth of the time of `jnp.asarray`
             segments,
             running,
             np.asarray(depths[min(index, len(depths) - 1)], np.int32),
         )
         step = np.array(new)
+        # A new array: the program may still be reading the old one, which it has not copied.
         running = running & ~np.isin(step, list(stop_tokens))
         loops = np.where(step == STOPPED, 0, np.asarray(loops))
         yield AdaptiveStep(np.where(running, step, STOPPED), loops, np.asarray(values))
@@ -221,20 +216,24 @@ def _advance(
         noise_keys = token_keys(jnp.asarray(keys), jnp.maximum(position, 0) + jnp.int32(2**30))
 
     def loop(before: _Loop) -> _Loop:
-        is_active = before.checks.is_active
         z = model.loop(
-            before.z, injected, view, keep=is_active, noise=static.noise, noise_keys=noise_keys
+            before.z,
+            injected,
+            view,
+            keep=before.is_active,
+            noise=static.noise,
+            noise_keys=noise_keys,
         )
-        z = z._replace(state=jnp.where(is_active[:, None, None], z.state, before.z.state))
-        loops = before.loops + is_active.astype(jnp.int32)
+        latent = jnp.where(before.is_active[:, None, None], z.state, before.z.state)
+        z = z._replace(state=latent)
+        after = before._replace(z=z, loops=before.loops + before.is_active.astype(jnp.int32))
         if static.exit is None:
-            return _Loop(z, loops, before.checks)
-        check = functools.partial(_check_exit, static.exit, model, view, is_token, z)
+            return after
+        check = functools.partial(_check_exit, static.exit, model, view, is_token)
         is_checked = static.exit.is_checked(z.loop)
         if not static.exit.in_prompt:
             is_checked &= carry.step > 0
-        # The cache is not among what the branches return: they would copy it.
-        return _Loop(z, loops, lax.cond(is_checked, check, lambda checks: checks, before.checks))
+        return lax.cond(is_checked, check, lambda loop: loop, after)
 
     memory = None
     if static.exit is not None:
@@ -242,13 +241,9 @@ def _advance(
     values = jnp.full((batch, static.max_depth), jnp.nan, jnp.float32)
     zero = jnp.zeros((), jnp.int32)
     start = _Loop(
-        Latent(begin, state, zero),
-        jnp.zeros(batch, jnp.int32),
-        _Checks(is_running, memory, values),
+        Latent(begin, state, zero), is_running, jnp.zeros(batch, jnp.int32), memory, values
     )
-    end = lax.while_loop(
-        lambda loop: (loop.z.loop < depth) & jnp.any(loop.checks.is_active), loop, start
-    )
+    end = lax.while_loop(lambda loop: (loop.z.loop < depth) & jnp.any(loop.is_active), loop, start)
     assert end.z.cache is not None, "a cache was given"
     state = set_loops(end.z.cache, view, end.loops)
     logits, state = model.predict(end.z.state, view, state)
@@ -265,23 +260,21 @@ def _advance(
             latent = model.norm(latent).astype(jnp.float32)
     new = jnp.where(is_running, new, STOPPED)
     after = _Carry(state, position[:, -1] + 1, carry.step + 1, latent, present)
-    return new, end.loops, end.checks.values, after
+    return new, end.loops, end.values, after
 
 
-def _check_exit(
-    exit: Exit, model: Huginn, view: Any, is_token: Array, z: Latent, before: _Checks
-) -> _Checks:
+def _check_exit(exit: Exit, model: Huginn, view: Any, is_token: Array, loop: _Loop) -> _Loop:
     """Ends the loops of rows for which the criterion holds."""
+    z, memory = loop.z, loop.memory
     if exit.reads_output:
-        assert z.cache is not None, "a cache was given"
         # What the coda stores here is dropped: it is run once more when all loops have ended.
-        logits, _ = model.predict(z.state, view, z.cache.of_coda())
-        value, memory = exit.of_logits(logits[:, -1], before.memory)
+        logits, _ = model.predict(z.state, view, z.cache)
+        value, memory = exit.of_logits(logits[:, -1], memory)
     else:
-        value, memory = exit.of_latents(z.state, before.memory, is_token), z.state
-    shown = jnp.where(before.is_active, value, jnp.nan)[:, None]
-    return _Checks(
-        is_active=before.is_active & ~exit.holds(value),
+        value, memory = exit.of_latents(z.state, memory, is_token), z.state
+    shown = jnp.where(loop.is_active, value, jnp.nan)[:, None]
+    return loop._replace(
+        is_active=loop.is_active & ~exit.holds(value),
         memory=memory,
-        values=lax.dynamic_update_slice(before.values, shown, (0, z.loop - 1)),
+        values=lax.dynamic_update_slice(loop.values, shown, (0, z.loop - 1)),
     )

@@ -141,12 +141,6 @@ class DepthCache:
         """The first slot of the coda: the last ones, wherever a loop has ended."""
         return self.kv.k.shape[0] - self.layout.coda
 
-    def of_coda(self) -> "DepthCache":
-        """The slots of the coda alone: a run of it that is not to be stored then copies no more."""
-        first = self.coda_slot
-        kv = self.kv._replace(k=self.kv.k[first:], v=self.kv.v[first:])
-        return dataclasses.replace(self, kv=kv)
-
 
 def init_cache(
     layout: Layout,

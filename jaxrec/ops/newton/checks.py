@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-CHUNKS = tuple(2**i for i in range(8))
+from jaxrec.ops.newton.kernel import THREADS
+
+CHUNKS = tuple(2**i for i in range(THREADS.bit_length()))
 Method = Literal["auto", "sequential", "newton", "quasi_newton", "elk", "quasi_elk", "pallas"]
 
 
@@ -29,11 +31,12 @@ def numbers(
         raise ValueError(f"newton_scan: method must be one of {get_args(Method)}, got {method!r}.")
     if window is not None and window < 1:
         raise ValueError(f"newton_scan: window must be at least one step, got {window}.")
-    if chunks is not None and (chunks not in CHUNKS or method != "pallas"):
+    if chunks is not None and method != "pallas":
         raise ValueError(
-            f'newton_scan: chunks belongs to method="pallas" and is one of {CHUNKS}, got {chunks}'
-            f" and method={method!r}."
+            f'newton_scan: chunks={chunks} belongs to method="pallas", got method={method!r}.'
         )
+    if chunks is not None and chunks not in CHUNKS:
+        raise ValueError(f"newton_scan: chunks must be one of {CHUNKS}, got {chunks}.")
     if max_iters is not None and max_iters < 0:
         raise ValueError(f"newton_scan: max_iters must be >= 0, got {max_iters}.")
     for name, value in (("relaxation", relaxation), ("clip", clip), ("variance", variance)):

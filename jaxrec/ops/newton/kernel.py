@@ -378,7 +378,7 @@ def tile_of(platform: str, batch: int, time: int, channels: int, chunks: int | N
         return Tile(chunks or 8, 128)  # 8: one vector register
     if chunks is None:
         longest = max(1, time // SHORTEST_CHUNK)
-        few = batch * channels < ENOUGH_CHANNELS
-        most = min(ENOUGH_ENTRIES // (batch * channels), longest, THREADS) if few else 1
+        is_busy = batch * channels >= ENOUGH_CHANNELS
+        most = 1 if is_busy else min(ENOUGH_ENTRIES // (batch * channels), longest, THREADS)
         chunks = 2 ** int(math.log2(most))
     return Tile(chunks, THREADS // chunks)

@@ -98,8 +98,8 @@ def newton_scan(
         keeps of a loop. None: 1024, 2048 of the kernel, or all of a device's steps where time is
         spread.
       chunks: into how many chunks of time the kernel cuts a window, a power of two up to 128. 1 is
-        the recurrence itself, step by step in one kernel that keeps the state on the chip. None: as
-        many as fill a GPU; 8 on a TPU.
+        the recurrence itself, step by step in a kernel that keeps the state on the chip until the
+        window ends. None: as many as fill a GPU; 8 on a TPU.
       reset: bool (b t). True: the state that enters this step is zero.
       guess: where the iteration begins, (b t ...); None: step(params, h, x_t) where h is zero, and
         in later windows the mean state of the window before: up to 15 % fewer iterations of cells

@@ -78,6 +78,20 @@ def test_one_chunk_is_the_loop(cell):
     assert (int(info.iterations), float(info.residual), bool(info.converged)) == (0, 0.0, True)
 
 
+@pytest.mark.parametrize("chunks", [4, 128])  # the latter are more than there are steps
+def test_any_number_of_chunks_gives_the_loop(chunks):
+    args = inputs(para_gru)
+    want, _ = run(para_gru, *args, method="sequential")
+    h, info = run(para_gru, *args, options=(("chunks", chunks),))
+    np.testing.assert_allclose(h, want, atol=TOLERANCE)
+    assert info.converged
+
+
+def test_chunks_belong_to_the_kernel():
+    with pytest.raises(ValueError, match=r'chunks=2 belongs to method="pallas", got .*newton'):
+        newton_scan(para_gru, GRU, U, H0, method="newton", chunks=2)
+
+
 def expansive(params, h, x):
     return jnp.tanh(params[None] * h + x)
 
@@ -158,7 +172,7 @@ BIAS = np.arange(WIDTH, dtype=np.float32)
         (lambda p, h, x: h * jnp.sum(p, axis=-1)[None], {"params": GRU[:1]}, "gives another state"),
         (lambda p, h, x: jax.lax.digamma(h), {}, "it has the operation digamma"),
         (para_gru, {"axis": "seq"}, "no kernel; got axis='seq'"),
-        (para_gru, {"chunks": 3}, "got 3 and method='pallas'"),
+        (para_gru, {"chunks": 3}, "chunks must be one of .* got 3"),
     ],
 )
 def test_what_it_cannot_do_is_named(step, arguments, message):
