@@ -43,6 +43,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     batches = list(dict.fromkeys(x["batch"] for x in results["results"]))
     figure, panels = plt.subplots(2, len(batches), figsize=(10, 7), layout="constrained")
@@ -61,6 +62,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 ylabel="same tokens %",
                 title=f"batch {batch}",
             )
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
