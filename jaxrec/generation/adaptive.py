@@ -169,14 +169,13 @@ def _run(
             static,
             settings,
             carry,
-            tokens,  # of NumPy: JAX takes it in a tenth of the time of `jnp.asarray`
+            tokens,  # of NumPy, as is what follows: `jnp.asarray` would cost the host more
             segments,
             running,
             np.asarray(depths[min(index, len(depths) - 1)], np.int32),
         )
         step = np.array(new)
-        # A new array: the program may still be reading the old one, which it has not copied.
-        running = running & ~np.isin(step, list(stop_tokens))
+        running &= ~np.isin(step, list(stop_tokens))
         loops = np.where(step == STOPPED, 0, np.asarray(loops))
         yield AdaptiveStep(np.where(running, step, STOPPED), loops, np.asarray(values))
         if not running.any():

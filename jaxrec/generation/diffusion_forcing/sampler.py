@@ -136,7 +136,7 @@ def _run(
         if step.is_done.all():
             return
         cache, wave = _advance(
-            steps, static, shared, keys, cache, wave, jnp.asarray(stride, jnp.int32)
+            steps, static, shared, keys, cache, wave, np.asarray(stride, np.int32)
         )
 
 
