@@ -8,12 +8,12 @@ arXiv:2312.04927 (BaseConv).
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.activations import silu
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.ops.conv import causal_conv
 
@@ -27,7 +27,7 @@ class GatedConv(nnx.Module):
         inner: int,
         *,
         conv_width: int = 3,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         init: Initializer,
         out_init: Initializer | None = None,
         rngs: nnx.Rngs,

@@ -29,6 +29,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.activations import silu
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mamba import log_uniform_step_bias
 from jaxrec.layers.norm import RMSNorm
@@ -68,7 +69,7 @@ class ShortConv(nnx.Module):
         kernel = self.kernel[...].reshape(-1, heads * width)
         flat = x.reshape(batch, time, heads * width)
         y, window = causal_conv(flat, kernel, jnp.zeros(heads * width), window, reset)
-        return jax.nn.silu(y).reshape(x.shape), window
+        return silu(y).reshape(x.shape), window
 
 
 class DecayGate(nnx.Module):
@@ -243,7 +244,7 @@ class LinearAttention(nnx.Module):
             )
             y = self.read_norm(y)
             if self.output_gate is not None:
-                y = y * jax.nn.silu(self.output_gate(x))
+                y = y * silu(self.output_gate(x))
             y = self.out(y.reshape(*x.shape[:2], -1))
             return y, LinearAttentionState(hidden, windows, position[:, -1] + 1)
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.activations import silu
 from jaxrec.layers.linear import Linear, uniform
 from jaxrec.layers.scan import selective_scan_over_time
 from jaxrec.ops.conv import causal_conv
@@ -64,7 +65,7 @@ class Mamba(nnx.Module):
         conv_width: int = 4,
         conv_bias: bool = True,
         bias: bool = False,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         out_scale: float = 1.0,
         step_init: Initializer | None = None,
         step_bias_init: Initializer | None = None,
@@ -143,5 +144,5 @@ class Mamba(nnx.Module):
             dt = jax.nn.softplus(self.step(low).astype(jnp.float32))
             a = -jnp.exp(self.log_rate[...].astype(jnp.float32))
             y, hidden = selective_scan_over_time(u, dt, a, b, c, state.hidden, reset=reset)
-            y = (y + self.skip[...].astype(u.dtype)[None, None] * u) * jax.nn.silu(gate)
+            y = (y + self.skip[...].astype(u.dtype)[None, None] * u) * silu(gate)
             return self.out(y), MambaState(window, hidden)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.activations import silu
 from jaxrec.layers.linear import Linear, uniform
 from jaxrec.layers.mamba import log_uniform_step_bias
 from jaxrec.layers.norm import RMSNorm
@@ -52,7 +53,7 @@ class Mamba2(nnx.Module):
         conv_width: int = 4,
         conv_bias: bool = True,
         bias: bool = False,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         step_limit: tuple[float, float] = (0.0, float("inf")),
         norm_epsilon: float = 1e-5,
         out_scale: float = 1.0,
@@ -131,5 +132,5 @@ class Mamba2(nnx.Module):
                 reset=reset,
             )
             y = y + self.skip[...].astype(jnp.float32)[None, None, :, None] * u
-            y = y.reshape(gate.shape) * jax.nn.silu(gate.astype(jnp.float32))
+            y = y.reshape(gate.shape) * silu(gate.astype(jnp.float32))
             return self.out(self.norm(y)), Mamba2State(window, hidden)

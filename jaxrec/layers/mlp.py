@@ -7,6 +7,7 @@ from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from jaxrec.layers.activations import silu
 from jaxrec.layers.linear import Linear
 
 
@@ -25,7 +26,7 @@ class GatedMLP(nnx.Module):
         init: Initializer,
         up_init: Initializer | None = None,
         out_init: Initializer | None = None,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         bias: bool = False,
         rngs: nnx.Rngs,
     ):

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 
 from jaxrec.config import at_least, one_of
+from jaxrec.layers.activations import silu
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear
 from jaxrec.layers.norm import LayerNorm, RMSNorm
@@ -178,7 +179,7 @@ class Block(nnx.Module):
 
     @property
     def _activation(self) -> Callable[[Array], Array]:
-        return jax.nn.silu if self.config.activation == "silu" else _gelu
+        return silu if self.config.activation == "silu" else _gelu
 
     def _added(self, x: Array, y: Array, scale: Any, key: Array | None) -> Array:
         if not self.config.residual:

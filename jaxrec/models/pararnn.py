@@ -12,12 +12,12 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxrec.config import above, at_least, multiple_of, one_of
+from jaxrec.layers.activations import silu
 from jaxrec.layers.axes import constrain
 from jaxrec.layers.linear import Linear, truncated_normal
 from jaxrec.layers.mlp import GatedMLP
@@ -136,7 +136,7 @@ class ParaRNNBlock(nnx.Module):
         """Maps x (b t d) to (b t d); `reset` bool (b t), True where a document begins."""
         inner, gate, window = self._cell_input(x, state, reset)
         h, hidden = self.cell(inner, state.hidden, reset=reset)
-        y = self.out(self.gate_norm(h) * jax.nn.silu(gate))
+        y = self.out(self.gate_norm(h) * silu(gate))
         scale = self.residual_scale[...].astype(x.dtype)[None, None]
         x = x * scale + y.astype(x.dtype)
         mixed = self.mlp(self.mlp_norm(x)).astype(x.dtype)
@@ -158,7 +158,7 @@ class ParaRNNBlock(nnx.Module):
         inner, window = causal_conv(
             inputs[:, :, 0], self.conv_kernel[...], self.conv_bias[...], state.window, reset
         )
-        return jax.nn.silu(inner), inputs[:, :, 1], window
+        return silu(inner), inputs[:, :, 1], window
 
 
 TINY_GRU = ParaRNNLMConfig(

@@ -15,6 +15,7 @@ from jaxrec.ops.newton.jacobian import value_and_jacobian
 from jaxrec.ops.newton.line import Line
 from jaxrec.ops.newton.plan import Floats, Others, Plan, windowed
 from jaxrec.ops.time.block import LARGEST_UNROLLED
+from jaxrec.ops.time.loop import over_time
 
 LARGEST_WINDOW = 256
 """Steps whose derivative is taken at once where the forward pass has gone one by one."""
@@ -61,9 +62,8 @@ def pull_back(
             cut = cut.reshape(-1, *[1] * (after.ndim - 1))
             return jnp.where(cut, jnp.zeros((), after.dtype), after), total
 
-        inputs = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (x, before, cut, dh))
-        out, adjoints = lax.scan(step, after, inputs, reverse=True)
-        return jnp.swapaxes(adjoints, 0, 1), out
+        out, adjoints = over_time(step, after, (x, before, cut, dh), reverse=True)
+        return adjoints, out
 
     # Large matrices cost more to build than products with them one by one.
     one_by_one = adjoint if structure.size <= LARGEST_UNROLLED else adjoint_step_by_step

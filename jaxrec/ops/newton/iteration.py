@@ -9,13 +9,13 @@ so that neither later steps nor other elements of the batch have a say in their 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops.newton import elk
 from jaxrec.ops.newton.jacobian import Function, clipped, value_and_jacobian
 from jaxrec.ops.newton.line import Line
+from jaxrec.ops.time.loop import over_time
 
 LARGEST_STATE = 1e8
 """Iterates are cut here, far from any state of a cell, so that their products do not overflow."""
@@ -142,20 +142,17 @@ def step_by_step(
         h = step(h, x)
         return h, h
 
-    time_major = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (x, cut))
     if line.axis is None:
-        _, h = lax.scan(body, start, time_major)
-        return jnp.swapaxes(h, 0, 1)
+        return over_time(body, start, (x, cut))[1]
     size = lax.axis_size(line.axis)
     onwards = [(i, i + 1) for i in range(size - 1)]
 
     def hand_on(entering: Array, _: None) -> tuple[Array, None]:
-        last, _ = lax.scan(body, entering, time_major)
+        last, _ = over_time(body, entering, (x, cut))
         arrived = lax.ppermute(last, line.axis, onwards)
         return jnp.where(lax.axis_index(line.axis) == 0, start, arrived), None
 
     # After so many rounds every device has what enters it.
     first = jnp.where(lax.axis_index(line.axis) == 0, start, jnp.zeros_like(start))
     entering, _ = lax.scan(hand_on, first, None, length=size - 1)
-    _, h = lax.scan(body, entering, time_major)
-    return jnp.swapaxes(h, 0, 1)
+    return over_time(body, entering, (x, cut))[1]

@@ -11,13 +11,14 @@ method Lim et al. (2023), arXiv:2309.12252, section 3.
 """
 
 import functools
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops.kept import kept
+from jaxrec.ops.time.loop import over_time
 from jaxrec.ops.time.scan import Method, shifted
 
 LARGEST_UNROLLED = 4
@@ -161,9 +162,8 @@ def _sequential(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array,
         h = apply(a_t, h) + b_t
         return h, h
 
-    time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1))
-    last, h = lax.scan(step, h0, time_major, reverse=reverse)
-    return jnp.swapaxes(h, 0, 1), last
+    last, h = over_time(step, h0, (a, b), reverse=reverse)
+    return h, last
 
 
 Maps = tuple[Array, Array]
@@ -189,8 +189,7 @@ def total(a: Array, b: Array, *, reverse: bool = False) -> Maps:
     def step(carry: Maps, inputs: Maps) -> tuple[Maps, None]:
         return _combine(carry, inputs), None
 
-    time_major: Any = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1))
-    return lax.scan(step, (identity, jnp.zeros_like(b[:, 0])), time_major, reverse=reverse)[0]
+    return over_time(step, (identity, jnp.zeros_like(b[:, 0])), (a, b), reverse=reverse)[0]
 
 
 def _chunked(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:

@@ -59,9 +59,18 @@ def running_sums(log_decay: Array) -> Sums:
     digits = jnp.finfo(log_decay.dtype).nmant
     unit = 2.0 ** (np.ceil(np.log2(largest)) - digits)
     coarse = lax.stop_gradient(jnp.round(log_decay / unit) * unit)
-    sums = Sums(coarse, log_decay - coarse).map(lambda x: jnp.cumsum(x, axis=-2))
-    # XLA on CPU would work them out anew for every pair of steps.
-    return lax.optimization_barrier(sums)
+    # As products with ones, which are made once: XLA on CPU would work cumulative sums out anew for
+    # every pair of steps. NaN, which a product would spread to earlier steps, is counted apart.
+    earlier = np.tri(log_decay.shape[-2], dtype=log_decay.dtype)
+
+    def summed(x: Array) -> Array:
+        return jnp.matmul(earlier, x, precision=lax.Precision.HIGHEST)
+
+    unknown = jnp.isnan(log_decay)
+    parts = Sums(coarse, log_decay - coarse).map(lambda x: jnp.where(unknown, 0, x))
+    sums = parts.map(summed)
+    unknown_yet = summed(jnp.any(unknown, axis=-1, keepdims=True).astype(log_decay.dtype))
+    return sums._replace(coarse=jnp.where(unknown_yet > 0, jnp.nan, sums.coarse))
 
 
 def decayed_products(x: Array, k: Array, sums: Sums | None, heads: int) -> Array:

@@ -36,10 +36,13 @@ from jax import Array, lax
 
 from jaxrec.ops.kept import kept
 from jaxrec.ops.time.chunk import decayed_products, running_sums, solve, zero_decay
+from jaxrec.ops.time.loop import over_time
 from jaxrec.ops.time.scan import linear_scan, shifted
 
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
+UNROLLED_CHUNKS = 8
+"""Chunks whose maps run in one round of a loop: states are large, and fewer rounds are faster."""
 
 
 class Inputs(NamedTuple):
@@ -351,19 +354,31 @@ def chunk_states(
       state: what enters the first chunk, (b g kr v).
       reverse: the first chunk is the last in time.
     """
-    if taken_out is None:
+
+    def one_by_one(
+        decay: Array, taken_out: Array | None, entering: Array, state: Array
+    ) -> tuple[Array, Array]:
+        def step(state: Array, chunk: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
+            decay, taken_out, entering = chunk
+            after = decay * state
+            if taken_out is not None:
+                # Apart, so that what stays is not rounded with the product's precision.
+                after = after - jnp.matmul(taken_out, state)
+            return after + entering, state
+
+        chunks = (decay, taken_out, entering)
+        last, before = over_time(step, state, chunks, reverse=reverse, unroll=UNROLLED_CHUNKS)
+        return before, last
+
+    def all_at_once(
+        decay: Array, taken_out: None, entering: Array, state: Array
+    ) -> tuple[Array, Array]:
         after, last = linear_scan(decay, entering, state, reverse=reverse)
         return shifted(after, state, towards_start=reverse), last
 
-    def step(state: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        decay, taken_out, entering = chunk
-        # Apart from each other, so that what stays is not rounded with the product's precision.
-        return decay * state - jnp.matmul(taken_out, state) + entering, state
-
-    maps = (decay, taken_out, entering)
-    chunks = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), maps)
-    last, before = lax.scan(step, state, chunks, reverse=reverse)
-    return jnp.swapaxes(before, 0, 1), last
+    if taken_out is not None:
+        return one_by_one(decay, taken_out, entering, state)
+    return lax.platform_dependent(decay, None, entering, state, cpu=one_by_one, default=all_at_once)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

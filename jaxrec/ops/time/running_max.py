@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.time.loop import over_time
+
 Method = Literal["auto", "sequential", "associative"]
 
 
@@ -113,9 +115,8 @@ def _sequential(log_decay: Array, x: Array, m0: Array) -> tuple[Array, Array]:
         m = jnp.maximum(inputs[0] + m, inputs[1])
         return m, m
 
-    time_major = (jnp.swapaxes(log_decay, 0, 1), jnp.swapaxes(x, 0, 1))
-    last, m = lax.scan(step, m0, time_major)
-    return jnp.swapaxes(m, 0, 1), last
+    last, m = over_time(step, m0, (log_decay, x))
+    return m, last
 
 
 def _associative(log_decay: Array, x: Array, m0: Array) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec.ops.kept import kept
+from jaxrec.ops.time.loop import over_time
 
 Method = Literal["auto", "sequential", "associative", "chunked"]
 
@@ -185,9 +186,8 @@ def _sequential_adjoint(a: Array, dh: Array, dlast: Array, *, reverse: bool) -> 
         db = dh_t.astype(carry.dtype) + carry
         return a_t.astype(carry.dtype) * db, db.astype(dh.dtype)
 
-    time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(dh, 0, 1))
-    dh0, db = lax.scan(step, dlast, time_major, reverse=not reverse)
-    return jnp.swapaxes(db, 0, 1), dh0
+    dh0, db = over_time(step, dlast, (a, dh), reverse=not reverse)
+    return db, dh0
 
 
 def shifted(x: Array, edge: Array, *, towards_start: bool) -> Array:
@@ -208,16 +208,15 @@ def delayed(x: Array, first: Array) -> Array:
 
 
 def _sequential(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:
-    """One loop over time. Inside, time comes first: each step then reads one stretch of memory."""
+    """One loop over time."""
 
     def step(h: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         a_t, b_t = inputs
         h = a_t.astype(h.dtype) * h + b_t.astype(h.dtype)
         return h, h.astype(b.dtype)
 
-    time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1))
-    last, h = lax.scan(step, h0, time_major, reverse=reverse)
-    return jnp.swapaxes(h, 0, 1), last
+    last, h = over_time(step, h0, (a, b), reverse=reverse)
+    return h, last
 
 
 def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
