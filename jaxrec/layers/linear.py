@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.nn.initializers import Initializer
 
 from jaxrec.layers.axes import merge_leading
@@ -73,6 +73,19 @@ class Linear(nnx.Module):
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
+def by_block(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """The products of blocks (... h i) with matrices of their own, (h i j): (... h j), summed in
+    `dtype` or that of the arguments.
+
+    Blocks come first inside: of an `einsum` XLA on CPU makes one that puts outputs across the rows,
+    which takes twice as long with what reads them.
+    """
+    first = jnp.moveaxis(merge_leading(x, 2), -2, 0)
+    over_inputs = ((first.ndim - 1,), (1,)), ((0,), (0,))
+    y = lax.dot_general(first, kernel, over_inputs, preferred_element_type=dtype)
+    return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class BlockLinear(nnx.Module):
     """y = x W + b with a block-diagonal W: the width is cut into `blocks` and each is mapped by
     itself.
@@ -93,7 +106,7 @@ class BlockLinear(nnx.Module):
         kernel = self.kernel[...]
         blocks, size, _ = kernel.shape
         split = x.astype(kernel.dtype).reshape(*x.shape[:-1], blocks, size)
-        y = jnp.einsum("...hi,hij->...hj", merge_leading(split, 2), kernel).reshape(split.shape)
+        y = by_block(split, kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return y.reshape(x.shape)

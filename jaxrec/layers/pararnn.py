@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxrec.config import above, at_least, multiple_of, one_of
 from jaxrec.layers.activations import Activation, activation
-from jaxrec.layers.linear import uniform
+from jaxrec.layers.linear import by_block, uniform
 from jaxrec.layers.scan import WHAT_PAYS, Solver, newton_measures, newton_over_time, note_gates
 from jaxrec.ops.cells import (
     ParaLSTMParams,
@@ -115,9 +115,9 @@ class ParaRNN(nnx.Module):
         kernel = self.kernel[...]
         heads, fan_in, gates, size = kernel.shape
         split = x.astype(kernel.dtype).reshape(*x.shape[:2], heads, fan_in)
-        u = jnp.einsum(
-            "bthi,higs->btghs", split, kernel, preferred_element_type=jnp.float32
-        ).reshape(*x.shape[:2], gates, heads * size)
+        u = by_block(split, kernel.reshape(heads, fan_in, -1), jnp.float32)
+        u = jnp.swapaxes(u.reshape(*x.shape[:2], heads, gates, size), 2, 3)
+        u = u.reshape(*x.shape[:2], gates, heads * size)
         return u + self.bias[...].astype(u.dtype)[None, None]
 
     def solve(

@@ -1,9 +1,11 @@
 """Activations by name."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.layers.activations import ACTIVATIONS, activation
+from jaxrec.layers.activations import ACTIVATIONS, activation, silu
 from tests import references
 
 X = np.linspace(-8, 8, 17).astype(np.float32)
@@ -38,3 +40,23 @@ def test_an_unknown_name_gets_the_known_ones():
     with pytest.raises(ValueError, match=r"no 'swilu'\. Did you mean silu\? Known: silu, gelu"):
         activation("swilu")
     assert all(callable(function) for function in ACTIVATIONS.values())
+
+
+def test_silu_and_its_gradient_are_those_of_jax_however_large_the_input():
+    x = jnp.array([-1e30, -200.0, -88.5, -20.0, -1.0, 0.0, 1.0, 20.0, 200.0, 1e30])
+    np.testing.assert_allclose(silu(x), jax.nn.silu(x), rtol=1e-6, atol=1e-30)
+    for order in range(2):
+        ours, theirs = silu, jax.nn.silu
+        for _ in range(order + 1):
+            ours, theirs = jax.grad(ours), jax.grad(theirs)
+        got, want = jax.vmap(ours)(x), jax.vmap(theirs)(x)
+        assert np.all(np.isfinite(got))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_silu_of_short_numbers_is_rounded_once():
+    x = jnp.linspace(-8, 8, 65).astype(jnp.bfloat16)
+    want = references.silu(np.asarray(x, np.float64))
+    got = silu(x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, jnp.asarray(want, jnp.float32).astype(jnp.bfloat16))

@@ -61,10 +61,12 @@ def running_sums(log_decay: Array) -> Sums:
     coarse = lax.stop_gradient(jnp.round(log_decay / unit) * unit)
     # As products with ones, which are made once: XLA on CPU would work cumulative sums out anew for
     # every pair of steps. NaN, which a product would spread to earlier steps, is counted apart.
-    earlier = np.tri(log_decay.shape[-2], dtype=log_decay.dtype)
+    earlier = np.tri(log_decay.shape[-2], dtype=log_decay.dtype).T
 
     def summed(x: Array) -> Array:
-        return jnp.matmul(earlier, x, precision=lax.Precision.HIGHEST)
+        # Steps last: beside an axis of size 1 it would not be a product for XLA.
+        sums = jnp.matmul(jnp.swapaxes(x, -1, -2), earlier, precision=lax.Precision.HIGHEST)
+        return jnp.swapaxes(sums, -1, -2)
 
     unknown = jnp.isnan(log_decay)
     parts = Sums(coarse, log_decay - coarse).map(lambda x: jnp.where(unknown, 0, x))
