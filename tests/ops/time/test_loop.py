@@ -10,7 +10,7 @@ import pytest
 from jaxrec.ops.time import linear_scan
 from jaxrec.ops.time.loop import LONG, over_time
 
-# With rows of its own length the two ways to run are both taken, and by a batch of one a third time.
+# Short rows move, long ones and a batch of one stay in place.
 shapes = pytest.mark.parametrize("shape", [(3, 5, 2), (3, 5, LONG), (1, 5, 2)])
 
 
