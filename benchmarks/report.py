@@ -39,7 +39,7 @@ def report() -> str:
 
 
 def plot_lengths(target: Path) -> None:
-    """Time and temporary memory of `linear_scan` by length, beside what is linear."""
+    """Time and peak memory of `linear_scan` by length, beside what is linear."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def plot_lengths(target: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, name, label in zip(
-        figure.subplots(1, 2), ("median_ms", "temp_mib"), ("ms", "temporary MiB"), strict=True
+        figure.subplots(1, 2), ("median_ms", "peak_mib"), ("ms", "peak MiB"), strict=True
     ):
         for part, text in (("forward", "forward"), ("both", "with the gradient")):
             values = [row[part][name] for row in rows]

@@ -190,6 +190,7 @@ def measure(
                 "least_ms": 1e3 * time.least,
                 "compile_s": program.compile_seconds,
                 "temp_mib": program.temp_mib,
+                "peak_mib": program.peak_mib,
                 "gb_per_s": floats * megabytes / 1e3 / time.least,
                 "to_best_peer_median": time.median / min(other.median for other in others),
                 "to_best_peer_least": time.least / min(other.least for other in others),

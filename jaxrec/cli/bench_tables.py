@@ -100,12 +100,12 @@ def _scan_lengths(report: Report) -> Table:
             x, plain = record[pass_], by_name["lax.scan"][time][pass_]
             per_step = 1e6 * x["least_ms"] / time
             row += [_pair(x, "ms", 1), f"{per_step:.0f}"]
-            row += [_mib(x["temp_mib"]), _mib(plain["temp_mib"])]
+            row += [_mib(x["peak_mib"]), _mib(plain["peak_mib"])]
         rows.append(row)
     return Table(
         f"Linear scan by length, method auto, (b, t, d) = ({batch}, t, {width})",
-        "t | forward ms | ns per step | temp MiB | lax.scan's | forward + backward ms"
-        " | ns per step | temp MiB | lax.scan's",
+        "t | forward ms | ns per step | peak MiB | lax.scan's | forward + backward ms"
+        " | ns per step | peak MiB | lax.scan's",
         rows,
     )
 

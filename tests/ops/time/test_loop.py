@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 from jaxrec.ops.time import linear_scan
 from jaxrec.ops.time.loop import LONG, over_time
@@ -33,6 +35,52 @@ def test_every_step_in_its_order(shape, reverse, unroll):
     np.testing.assert_array_equal(results["sum"], want)
     np.testing.assert_array_equal(results["first"], want[..., 0])
     np.testing.assert_array_equal(last, want[:, 0 if reverse else -1])
+
+
+@shapes
+def test_the_gradient_is_that_of_a_scan_also_to_what_a_step_refers_to(shape):
+    rng = np.random.default_rng(0)
+    x, seen = jnp.asarray(rng.normal(size=shape), jnp.float32), rng.integers(0, 2, shape[:2]) > 0
+
+    def squares(weight, start, x, loop):
+        def step(h, inputs):
+            x, seen = inputs
+            h = jnp.where(seen[:, None], jnp.tanh(weight[None] * h + x), h)
+            return h, h
+
+        return jnp.sum(loop(step, start, (x, seen))[1] ** 2)
+
+    def plain(step, start, inputs):
+        return lax.scan(step, start, jax.tree.map(lambda z: jnp.swapaxes(z, 0, 1), inputs))
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(squares, loop=loop), (0, 1, 2)))(
+            jnp.full(shape[2], 0.7), jnp.ones((shape[0], shape[2])), x
+        )
+        for loop in (over_time, plain)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *gradients)
+
+
+def test_a_second_gradient_adds_up_no_array_in_every_step():
+    """That of places in an array is an array as large, to be added to those of all other steps."""
+
+    def loss(a, b):
+        return jnp.sum(linear_scan(a, b, method="sequential")[0] ** 2)
+
+    def of_gradient(a, b):
+        return jnp.sum(jax.grad(loss)(a, b) ** 2)
+
+    def sums_in_loops(jaxpr, in_loop=False):
+        for equation in jaxpr.eqns:
+            is_sum = equation.primitive.name in ("add_any", "add")
+            yield in_loop and is_sum and equation.outvars[0].aval.shape == x.shape
+            in_body = in_loop or equation.primitive.name in ("scan", "while")
+            for nested in jaxprs_in_params(equation.params):
+                yield from sums_in_loops(nested, in_body)
+
+    x = jax.ShapeDtypeStruct((1, 64, 4), jnp.float32)
+    assert not any(sums_in_loops(jax.make_jaxpr(jax.grad(of_gradient))(x, x).jaxpr))
 
 
 def test_no_input_is_a_copy_where_rows_stay_in_place():
