@@ -2,7 +2,7 @@
 
 The part 4x4 trains two small models on made puzzles with their symmetries and asks them for others:
 with the gradient of the last call of each stack, as published, and through all calls of the last
-cycle with a running average, as TRM does. The part 9x9 trains the first kind on puzzles with many
+cycle with a running average, as TRM does. The part 9x9 trains the second kind on puzzles with many
 clues. Writes results.json, where a part that was not run stays as it was, and segments.png; with
 --smoke, a few steps of both and nothing is written. full_scale.yaml is the published run.
 """
@@ -27,15 +27,16 @@ from jaxrec.training.runs import versions
 
 HERE = Path(__file__).parent
 EMA = 0.99
-SMALL_9X9 = dataclasses.replace(SUDOKU_4X4, vocab_size=11, length=81)
+AVERAGED = "all of the last cycle, averaged"
+SMALL_9X9 = dataclasses.replace(
+    SUDOKU_4X4, vocab_size=11, length=81, low_backprop=SUDOKU_4X4.low_cycles
+)
 VARIANTS = {
     "4x4": {
         "one-step gradient": SUDOKU_4X4,
-        "all of the last cycle, averaged": dataclasses.replace(
-            SUDOKU_4X4, low_backprop=SUDOKU_4X4.low_cycles
-        ),
+        AVERAGED: dataclasses.replace(SUDOKU_4X4, low_backprop=SUDOKU_4X4.low_cycles),
     },
-    "9x9": {"one-step gradient": SMALL_9X9},
+    "9x9": {AVERAGED: SMALL_9X9},
 }
 DATA = {
     "4x4": PuzzleDataConfig(source="sudoku-4x4"),
@@ -43,7 +44,7 @@ DATA = {
 }
 CONFIG = PuzzleConfig(name="run", eval_every=0, save_every=0)
 BATCH = {"4x4": CONFIG.batch, "9x9": 32}
-STEPS = {"4x4": CONFIG.steps, "9x9": 1000}
+STEPS = {"4x4": CONFIG.steps, "9x9": 10_000}
 
 
 def main() -> None:

@@ -36,13 +36,12 @@ Activation = Literal[
 def silu(x: Array) -> Array:
     """x / (1 + exp(-x)), in float32 at least.
 
-    The quotient comes last, other than in `jax.nn.silu`: XLA on CPU makes a quotient once, but a
-    product, with all that it is made of, again for each reader.
+    The division comes last, other than in `jax.nn.silu`: XLA on CPU computes a division once, but
+    repeats a product, with the layer before it, in every operation that reads it.
 
     Elfwing et al., Sigmoid-weighted linear units (2017), arXiv:1702.03118.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _widened(x)
     return (wide / (1 + jnp.exp(-wide))).astype(x.dtype)
 
 
@@ -50,8 +49,14 @@ def silu(x: Array) -> Array:
 def _silu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """d silu = s (1 + x (1 - s)) dx, s = sigmoid(x), which is finite where exp(-x) is not."""
     (x,), (dx,) = primals, tangents
-    s = jax.nn.sigmoid(x)
-    return silu(x), s * (1 + x * (1 - s)) * dx
+    wide = _widened(x)
+    s = jax.nn.sigmoid(wide)
+    return silu(x), (s * (1 + wide * (1 - s))).astype(x.dtype) * dx
+
+
+def _widened(x: Array) -> Array:
+    with jax.numpy_dtype_promotion("standard"):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _identity(x: Array) -> Array:

@@ -14,12 +14,12 @@ SERIES = (
     -0.016367923,
     0.002920691,
 )
-"""(arctan(t) / t - 1) / t^2 in powers of t^2, of the least largest error on [0, 1]: that of arctan
-is 1.7e-8 of its value."""
+"""(arctan(t) / t - 1) / t^2 in powers of t^2, of the least largest error on [0, 1]: in float32 that
+of arctan is 3e-8 of its value."""
 
 
-def arctan2(y: Array, x: Array) -> Array:
-    """The angle of (x, y) for x >= 0, in radians from -pi/2 to pi/2; 0 at (0, 0).
+def angle(y: Array, x: Array) -> Array:
+    """arctan2(y, x), the angle of (x, y), for x >= 0, in radians from -pi/2 to pi/2; 0 at (0, 0).
 
     With t = min(|y|, x) / max(|y|, x), it is arctan(t) where |y| <= x and pi/2 - arctan(t) where it
     is not, with the sign of y. The error is at most 4e-7 of the value. A plain `jnp.arctan2` calls
@@ -27,14 +27,14 @@ def arctan2(y: Array, x: Array) -> Array:
 
     Args:
       y: float32.
-      x: float32 >= 0, like y. Where y and x are both infinite, the angle is NaN.
+      x: float32 >= 0, like y.
     """
     height = jnp.abs(y)
-    greater = jnp.maximum(height, x)
-    t = jnp.minimum(height, x) / jnp.where(greater > 0, greater, 1)
+    t = jnp.minimum(height, x) / jnp.maximum(height, x)
+    t = jnp.where(height == x, jnp.sign(x), t)  # where both are zero, or both infinite, too
     square = t * t
     series = jnp.full_like(t, SERIES[-1])
     for coefficient in SERIES[-2::-1]:
         series = series * square + coefficient
-    angle = t + t * (square * series)
-    return jnp.copysign(jnp.where(height > x, np.pi / 2 - angle, angle), y)
+    below = t + t * (square * series)
+    return jnp.copysign(jnp.where(height > x, np.pi / 2 - below, below), y)

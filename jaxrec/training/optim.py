@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrec.ops.arctangent import arctan2
+from jaxrec.ops.arctangent import angle
 from jaxrec.training.config import OptimizerConfig
 
 Array = jax.Array
@@ -200,7 +200,7 @@ def adam_atan2(
             within = tuple(range(layer_axes, g.ndim))
             clip = jnp.maximum(1.0, jnp.sqrt(jnp.mean(g * g / v, axis=within, keepdims=True)))
             shrink = lr / config.learning_rate * config.weight_decay if decays else 0.0
-            return -shrink * p - step_size / clip * arctan2(m, jnp.sqrt(v) / root_correction)
+            return -shrink * p - step_size / clip * angle(m, jnp.sqrt(v) / root_correction)
 
         mu = jax.tree.map(lambda old, g: moment(old, g, beta1), state.mu, grads)
         nu = jax.tree.map(
@@ -236,7 +236,7 @@ def scale_by_atan2(beta1: float, beta2: float) -> optax.GradientTransformation:
         mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
         root = jnp.sqrt(1 - beta2**t)
-        moves = jax.tree.map(lambda m, v: arctan2(m, jnp.sqrt(v) / root) / (1 - beta1**t), mu, nu)
+        moves = jax.tree.map(lambda m, v: angle(m, jnp.sqrt(v) / root) / (1 - beta1**t), mu, nu)
         return moves, AdamAtan2State(optax.safe_increment(state.step), mu, nu)
 
     return optax.GradientTransformation(init, update)

@@ -60,3 +60,11 @@ def test_silu_of_short_numbers_is_rounded_once():
     got = silu(x)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, jnp.asarray(want, jnp.float32).astype(jnp.bfloat16))
+
+
+def test_the_gradient_of_silu_of_short_numbers_is_rounded_once():
+    x = jnp.linspace(-8, 8, 65).astype(jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    s = references.sigmoid(wide)
+    want = jnp.asarray(s * (1 + wide * (1 - s)), jnp.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(silu))(x), want)

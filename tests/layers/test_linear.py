@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrec.layers.linear import BlockLinear, Linear, truncated_normal
+from jaxrec.layers.linear import BlockLinear, Linear, by_block, truncated_normal
+from jaxrec.training.sharding import build_mesh
 from tests import references
 
 INIT = truncated_normal(0.5)
@@ -78,3 +79,21 @@ def test_truncated_normal_is_cut_at_three_deviations():
     # The cut takes 1.3 % off the deviation; 200,000 draws know it to 0.2 %.
     assert np.std(x) == pytest.approx(0.5 * 0.9866, rel=0.006)
     assert np.mean(x) == pytest.approx(0, abs=0.005)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (4, 6)])
+def test_products_by_block_also_where_time_is_split(leading):
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=shape) for shape in ((*leading, 3, 4), (3, 4, 2)))
+    want = np.einsum("...hi,hij->...hj", x, kernel)
+    x, kernel = (jnp.asarray(z, jnp.float32) for z in (x, kernel))
+    np.testing.assert_allclose(by_block(x, kernel), want, atol=2e-6)
+    with jax.set_mesh(build_mesh("seq=2")):
+        np.testing.assert_allclose(jax.jit(by_block)(x, kernel), want, atol=2e-6)
+
+
+def test_products_by_block_may_be_wider_than_what_they_are_made_of():
+    x, kernel = jnp.ones((2, 1, 257), jnp.bfloat16), jnp.ones((1, 257, 1), jnp.bfloat16)
+    assert by_block(x, kernel).dtype == jnp.bfloat16
+    got = by_block(x, kernel, jnp.float32)
+    np.testing.assert_array_equal(got, np.full((2, 1, 1), 257, np.float32))

@@ -71,7 +71,7 @@ def running_sums(log_decay: Array) -> Sums:
     unknown = jnp.isnan(log_decay)
     parts = Sums(coarse, log_decay - coarse).map(lambda x: jnp.where(unknown, 0, x))
     sums = parts.map(summed)
-    unknown_yet = summed(jnp.any(unknown, axis=-1, keepdims=True).astype(log_decay.dtype))
+    unknown_yet = summed(unknown.astype(log_decay.dtype))
     return sums._replace(coarse=jnp.where(unknown_yet > 0, jnp.nan, sums.coarse))
 
 

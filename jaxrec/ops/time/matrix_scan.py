@@ -42,7 +42,8 @@ from jaxrec.ops.time.scan import linear_scan, shifted
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
 UNROLLED_CHUNKS = 8
-"""Chunks whose maps run in one round of a loop: states are large, and fewer rounds are faster."""
+"""Chunks whose decays run in one round of a loop on CPU, which XLA makes one pass over memory of:
+8 chunks of states of 1 MiB take 1.6 ms, one by one 3.0 and with time in front 5.3."""
 
 
 class Inputs(NamedTuple):
@@ -355,30 +356,27 @@ def chunk_states(
       reverse: the first chunk is the last in time.
     """
 
-    def one_by_one(
-        decay: Array, taken_out: Array | None, entering: Array, state: Array
-    ) -> tuple[Array, Array]:
-        def step(state: Array, chunk: tuple[Array, Array | None, Array]) -> tuple[Array, Array]:
-            decay, taken_out, entering = chunk
+    def one_by_one(decay: Array, entering: Array, state: Array) -> tuple[Array, Array]:
+        def step(state: Array, chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+            decay, entering, taken_out = chunk
             after = decay * state
             if taken_out is not None:
                 # Apart, so that what stays is not rounded with the product's precision.
                 after = after - jnp.matmul(taken_out, state)
             return after + entering, state
 
-        chunks = (decay, taken_out, entering)
-        last, before = over_time(step, state, chunks, reverse=reverse, unroll=UNROLLED_CHUNKS)
+        chunks = (decay, entering, taken_out)
+        unroll = UNROLLED_CHUNKS if taken_out is None else 1
+        last, before = over_time(step, state, chunks, reverse=reverse, unroll=unroll)
         return before, last
 
-    def all_at_once(
-        decay: Array, taken_out: None, entering: Array, state: Array
-    ) -> tuple[Array, Array]:
+    def all_at_once(decay: Array, entering: Array, state: Array) -> tuple[Array, Array]:
         after, last = linear_scan(decay, entering, state, reverse=reverse)
         return shifted(after, state, towards_start=reverse), last
 
     if taken_out is not None:
-        return one_by_one(decay, taken_out, entering, state)
-    return lax.platform_dependent(decay, None, entering, state, cpu=one_by_one, default=all_at_once)
+        return one_by_one(decay, entering, state)
+    return lax.platform_dependent(decay, entering, state, cpu=one_by_one, default=all_at_once)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

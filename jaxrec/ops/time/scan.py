@@ -208,7 +208,7 @@ def delayed(x: Array, first: Array) -> Array:
 
 
 def _sequential(a: Array, b: Array, h0: Array, *, reverse: bool) -> tuple[Array, Array]:
-    """One loop over time."""
+    """One pass over time, in the dtype of the state."""
 
     def step(h: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         a_t, b_t = inputs

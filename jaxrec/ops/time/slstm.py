@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrec.ops.time.loop import over_time
+
 
 class SLSTMState(NamedTuple):
     """What is carried; (c e^s, n e^s, m - s) is the same state for any s."""
@@ -87,9 +89,8 @@ def slstm_scan(
         state = slstm_step(matrix, state, x.astype(dtype))
         return state, state.hidden.astype(x.dtype)
 
-    time_major = jnp.swapaxes(x, 0, 1), None if reset is None else jnp.swapaxes(reset, 0, 1)
-    last, h = lax.scan(step, state, time_major)
-    return jnp.swapaxes(h, 0, 1), last
+    last, h = over_time(step, state, (x, reset))
+    return h, last
 
 
 def check(x: Array, recurrent: Array, state: SLSTMState | None, reset: Array | None) -> jnp.dtype:
