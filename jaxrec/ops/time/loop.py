@@ -26,10 +26,10 @@ def over_time(
     """`lax.scan` along axis 1.
 
     `lax.scan` needs time in front, so all arrays are copied there and results back, which takes
-    longer than a recurrence of large states: three times as long on CPU, (1, 65536, 64). Here rows
-    that are long, or of a batch of one, are read and written in place. Differentiated it is
-    `lax.scan`: the derivative of reading one place is an array as large as the inputs, and every
-    step would add one.
+    longer than a recurrence of large states: all in all about twice as long on CPU, for (1, 65536,
+    64) (`benchmarks/results/scan_cpu.json`). Here rows that are long, or of a batch of one, are
+    read and written in place. Differentiated it is `lax.scan`: the derivative of reading one place
+    is an array as large as the inputs, and every step would add one.
 
     Args:
       step: the state and a pytree of (b ...), to the next state and a pytree of results (b ...).

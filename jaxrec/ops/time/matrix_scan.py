@@ -42,8 +42,7 @@ from jaxrec.ops.time.scan import linear_scan, shifted
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
 UNROLLED_CHUNKS = 8
-"""Chunks whose decays run in one round of a loop on CPU, which XLA makes one pass over memory of:
-8 chunks of states of 1 MiB take 1.6 ms, one by one 3.0 and with time in front 5.3."""
+"""Chunks whose decays run in one round of a loop on CPU, which XLA makes one pass over memory of."""
 
 
 class Inputs(NamedTuple):
