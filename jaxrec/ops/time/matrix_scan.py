@@ -42,7 +42,7 @@ from jaxrec.ops.time.scan import linear_scan, shifted
 Rule = Literal["gated", "delta"]
 Method = Literal["auto", "sequential", "chunkwise"]
 UNROLLED_CHUNKS = 8
-"""Chunks whose decays run in one round of a loop on CPU, which XLA makes one pass over memory of."""
+"""Chunks whose decays run in one round of a loop on CPU: XLA makes one pass over memory of them."""
 
 
 class Inputs(NamedTuple):
