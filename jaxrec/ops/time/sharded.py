@@ -23,11 +23,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxrec.ops.kept import kept
-from jaxrec.ops.time import scan, selective
-from jaxrec.ops.time.matrix_scan import Inputs as MatrixInputs
-from jaxrec.ops.time.matrix_scan import Rule, chunk_states, finished
-from jaxrec.ops.time.matrix_scan import backward as matrix_backward
-from jaxrec.ops.time.matrix_scan import forward as matrix_forward
+from jaxrec.ops.time import matrix_chunks, scan, selective
+from jaxrec.ops.time.matrix_scan import Rule, finished
 from jaxrec.ops.time.matrix_scan import prepare as prepare_matrix_scan
 from jaxrec.ops.time.running_max import Method as MaxMethod
 from jaxrec.ops.time.running_max import prepare as prepare_max
@@ -245,15 +242,15 @@ _scan.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _matrix_scan(
-    inputs: MatrixInputs, state: Array, axis: str, chunk: int, exchange: Exchange
+    inputs: matrix_chunks.Inputs, state: Array, axis: str, chunk: int, exchange: Exchange
 ) -> tuple[Array, Array]:
     (y, last), _ = _matrix_forward(inputs, state, axis, chunk, exchange)
     return y, last
 
 
 def _matrix_forward(inputs, state, axis, chunk, exchange):  # type: ignore[no-untyped-def]
-    def run(inputs: MatrixInputs, state: Array) -> tuple[Array, Array, Array]:
-        return matrix_forward(
+    def run(inputs: matrix_chunks.Inputs, state: Array) -> tuple[Array, Array, Array]:
+        return matrix_chunks.forward(
             inputs, state, chunk, functools.partial(_matrix_states, axis=axis, exchange=exchange)
         )
 
@@ -264,8 +261,8 @@ def _matrix_forward(inputs, state, axis, chunk, exchange):  # type: ignore[no-un
 
 
 def _matrix_backward(axis, chunk, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
-    def run(inputs: MatrixInputs, states: Array, dy: Array, dlast: Array) -> Any:
-        return matrix_backward(
+    def run(inputs: matrix_chunks.Inputs, states: Array, dy: Array, dlast: Array) -> Any:
+        return matrix_chunks.backward(
             inputs,
             states,
             dy,
@@ -293,7 +290,7 @@ def _matrix_states(
     exchange: Exchange,
 ) -> tuple[Array, Array]:
     """`chunk_states` where a device holds some of the chunks."""
-    run = functools.partial(chunk_states, decay, taken_out, reverse=reverse)
+    run = functools.partial(matrix_chunks.chunk_states, decay, taken_out, reverse=reverse)
     if taken_out is None:
         total = jnp.broadcast_to(jnp.prod(decay, axis=1), (*state.shape[:-1], 1))
         _, alone = run(entering, jnp.zeros_like(state))
