@@ -11,7 +11,7 @@ def test_smoke(tmp_path):
     models = smoke("jrt", tmp_path)["models"]
     assert [model["reading"] for model in models] == ["causal", "prefix", "read twice"]
     for model in models:
-        assert set(model["accuracy"]) == {"2_14", "14_2"}
+        assert set(model["accuracy"]) == {"1_4", "4_1", "2_8", "8_2", "2_24", "24_2"}
         assert all(0 <= share <= 1 for share in model["accuracy"].values())
 
 
