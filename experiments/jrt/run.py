@@ -17,8 +17,7 @@ from jaxrec.models.prefix_linear import PrefixLMConfig
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.data.synthetic import set_disjointness
-from jaxrec.training.runs import versions
-from jaxrec.training.tasks import task_accuracy, train_task
+from jaxrec.training.tasks import record, task_accuracy, train_task
 
 HERE = Path(__file__).parent
 VOCAB, WIDTH, BATCH, STEPS = 68, 24, 60, 8000
@@ -41,19 +40,17 @@ def main() -> None:
         models = [trained(reading, 1, 4, batch=6, examples=4) for reading in options.readings]
         print(json.dumps({"models": models}, indent=2))
         return
-    file = HERE / "results.json"
     for features in options.features:
         for reading in options.readings:
             found = trained(reading, features, options.steps, batch=BATCH, examples=1000)
             print(json.dumps(found), flush=True)
-            # What is not trained again stays as the file has it.
-            models = json.loads(file.read_text())["models"] if file.exists() else []
-            key = (features, reading)
-            models = [m for m in models if (m["feature_width"], m["reading"]) != key] + [found]
-            models.sort(key=lambda m: (m["feature_width"], READINGS.index(m["reading"])))
-            results = {"batch": BATCH, "models": models, "versions": versions()}
-            file.write_text(json.dumps(results, indent=2) + "\n")
+            results = record(HERE / "results.json", found, place, batch=BATCH)
             plot(results, HERE / "accuracy.png")
+
+
+def place(model: dict[str, Any]) -> tuple[int, int]:
+    """Where a model stands in results.json."""
+    return model["feature_width"], READINGS.index(model["reading"])
 
 
 def trained(
@@ -92,7 +89,7 @@ def trained(
         "steps": steps,
         "accuracy": accuracy,
         "last_loss": float(np.mean(results.losses[-50:])),
-        "seconds": round(process_time() - began, 1),
+        "processor_seconds": round(process_time() - began, 1),
     }
 
 

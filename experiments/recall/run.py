@@ -22,8 +22,7 @@ from jaxrec.models.rwkv import RWKVConfig
 from jaxrec.models.xlstm import XLSTMConfig
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.synthetic import associative_recall
-from jaxrec.training.runs import versions
-from jaxrec.training.tasks import task_accuracy, train_task
+from jaxrec.training.tasks import record, task_accuracy, train_task
 
 HERE = Path(__file__).parent
 VOCAB, PAIRS, TIME, WIDTH, BATCH = 32, 8, 32, 32, 32
@@ -51,18 +50,17 @@ def main() -> None:
         models = [trained(name, 2, steps=3, examples=4) for name in options.rules]
         print(json.dumps({"models": models}, indent=2))
         return
-    file = HERE / "results.json"
     for name in options.rules:
         for keys in options.keys if name != "transformer" else KEY_WIDTHS[-1:]:
             found = trained(name, keys, steps=options.steps or steps(name), examples=500)
             print(json.dumps(found), flush=True)
-            # What is not trained again stays as the file has it.
-            models = json.loads(file.read_text())["models"] if file.exists() else []
-            models = [m for m in models if (m["name"], m["keys"]) != (name, keys)] + [found]
-            models.sort(key=lambda m: (NAMES.index(m["name"]), m["keys"]))
-            results = {"batch": BATCH, "models": models, "versions": versions()}
-            file.write_text(json.dumps(results, indent=2) + "\n")
+            results = record(HERE / "results.json", found, place, batch=BATCH)
             plot(results, HERE / "recall.png")
+
+
+def place(model: dict[str, Any]) -> tuple[int, int]:
+    """Where a model stands in results.json."""
+    return NAMES.index(model["name"]), model["keys"]
 
 
 def trained(name: str, keys: int, *, steps: int, examples: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Training a language model on a made task: sequences in which some positions ask for a token."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jaxrec.training import optim
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.batches import IGNORED
 from jaxrec.training.losses import cross_entropy
+from jaxrec.training.runs import versions
 from jaxrec.training.sharding import stacked_axes
 
 
@@ -119,3 +122,25 @@ def task_accuracy(
     labels = batch["labels"]
     best, counts = task_predictions(model, batch, depth=depth, key=key), labels != IGNORED
     return float(np.mean(best[counts] == labels[counts]))
+
+
+def record(
+    file: Path, found: dict[str, Any], place: Callable[[dict[str, Any]], Any], **shared: Any
+) -> dict[str, Any]:
+    """Writes what came out for one model to a file of results; models that are not trained again
+    stay as the file has them.
+
+    Args:
+      file: JSON of {**shared, "models": [...], "versions": {...}}; made if it is not there.
+      found: what is to be said of the model.
+      place: of a model among the others, by which they are sorted; one in the same place goes.
+      shared: what is the same for all models.
+
+    Returns:
+      All that the file says now.
+    """
+    models = json.loads(file.read_text())["models"] if file.exists() else []
+    models = [model for model in models if place(model) != place(found)]
+    results = shared | {"models": sorted([*models, found], key=place), "versions": versions()}
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    return results

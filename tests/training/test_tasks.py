@@ -1,6 +1,7 @@
 """Training on made tasks: that what can be learned is, and what is counted."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jaxrec.models import huginn, linear_rnn
 from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.data.batches import IGNORED
-from jaxrec.training.tasks import task_accuracy, task_predictions, train_task
+from jaxrec.training.tasks import record, task_accuracy, task_predictions, train_task
 
 CONFIG = dataclasses.replace(
     linear_rnn.TINY, vocab_size=7, width=16, recurrent_width=16, heads=2, mlp_width=24, layers=1
@@ -65,3 +66,12 @@ def test_a_looped_model_learns_at_drawn_depths_and_answers_at_any():
 def test_a_run_needs_steps():
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         train_task(CONFIG, echo, steps=0, optimizer=OPTIMIZER)
+
+
+def test_a_result_replaces_the_one_in_its_place_and_leaves_the_others(tmp_path):
+    file = tmp_path / "results.json"
+    for name, right in [("b", 0.1), ("a", 0.2), ("b", 0.3)]:
+        results = record(file, {"name": name, "right": right}, lambda m: m["name"], batch=2)
+    assert results["models"] == [{"name": "a", "right": 0.2}, {"name": "b", "right": 0.3}]
+    assert results["batch"] == 2 and "jax" in results["versions"]
+    assert json.loads(file.read_text()) == results
